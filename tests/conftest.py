@@ -1,0 +1,38 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import nano_moe_rl as nano  # noqa: E402
+
+
+@pytest.fixture
+def config():
+    """Distinct sizes everywhere, so that swapped axes cannot pass."""
+    return nano.Config(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
+                       mini_batch=12, group_size=4, mini_batches=2, eval_prompts=7, device="cpu")
+
+
+@pytest.fixture
+def model(config):
+    return nano.Model(config)
+
+
+@pytest.fixture
+def rollout(config, model):
+    """Graded rollout of 6 prompts with 4 responses each, of uneven lengths, fp8 against fp32."""
+    return sample_rollout(model, "fp8")
+
+
+def sample_rollout(model, precision, n_prompts=6, seed=0, **changes):
+    c = model.config
+    engine = nano.InferenceEngine(c, precision)
+    engine.load_weights(model, 0)
+    prompts, generator = (torch.Generator().manual_seed(seed) for _ in range(2))
+    rollout = nano.sample(engine, n_prompts, c.group_size, prompts, generator)
+    # an untrained policy is never right: rewards that differ within groups, from the tokens themselves
+    rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()
+    return rollout
