@@ -14,13 +14,13 @@ first-order approximation, a sum over tokens, valid only while two gaps between 
     old_logprobs       log π_old   the training engine, with the same weights
     logprobs           log π_θ     the training engine, with the weights of this very step
 
-In an MoE both gaps hide a switch: another rounding or another update sends a token to other experts.
+In an MoE both gaps hide a switch: other rounding or other weights send a token to other experts.
 Routing replay fixes the experts in training, to those of π_old (mode R2) or those of μ_old (R3).
 
-Dimensions: P prompts, G responses each, B = P·G sequences, T positions, N real tokens (no padding),
-V vocabulary, D width, H heads, K key-value heads, L layers, E experts, A active ones, F their width.
-A row has T + 1 tokens. Position t is fed token t and predicts token t + 1: log-probabilities, masks
-and routing have T columns. Routing is int16 (B, T, L, A), -1 on padding.
+Dimensions: P prompts, G responses each, B = P·G sequences, T positions, N real tokens, V vocabulary,
+D width, H heads, K key-value heads, L layers, E experts, A active ones, F their width. A row has
+T + 1 tokens. Position t is fed token t and predicts token t + 1: log-probabilities, masks and
+routing have T columns. Routing is int16 (B, T, L, A), -1 on padding.
 """
 import argparse, hashlib, json, math, os, signal, sys, time  # noqa: E401
 from collections.abc import Callable
@@ -34,7 +34,9 @@ from einops import rearrange, reduce, repeat
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------- 1 Config
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# ----------------------------------------------------------------------------------- 1 Config
 
 def option(default, text: str, *choices: str, low: int = 0):
     return field(default=default, metadata=dict(text=text, choices=choices, low=low))
@@ -48,17 +50,15 @@ class Config:
     heads: int = option(2, "H; width / heads has to be 32 or 64", low=1)
     kv_heads: int = option(1, "K", low=1)
     experts: int = option(16, "E", low=1)
-    top_k: int = option(2, "A; a single weight is always 1: the router gets no gradient", low=1)
+    top_k: int = option(2, "A; a single weight is always 1: no gradient for the router", low=1)
     expert_width: int = option(64, "F, a multiple of 8", low=8)
-    teacher: str = option("brief", "writes demonstrations", "brief", "equation", "restating")
+    teacher: str = option("brief", "of the cold start", "brief", "equation", "restating")
     min_digits: int = option(3, "in the shortest prompt", low=1)
     max_digits: int = option(6, "in the longest prompt, at most 10", low=1)
-    max_response: int = option(22, "tokens; longer responses are cut off", low=1)
+    max_response: int = option(22, "tokens, after which a response is cut off", low=1)
     cold_start_steps: int = option(600, "supervised updates before RL")
-    cold_start_lr: float = option(6e-3, "their peak learning rate")
-    train_precision: str = option("fp32", "of π; master weights are fp32", "fp32", "bf16")
     temperature: float = option(1.0, "of the distribution that is sampled, and of π")
-    device: str = option("auto", "where to compute", "auto", "cpu", "cuda")
+    train_precision: str = option("fp32", "of π; the weights stay fp32", "fp32", "bf16")
     name: str = option("", "folder under runs/; left out, the next free run-N")
     updates: int = option(120, "gradient updates of RL", low=1)
     mini_batch: int = option(256, "responses an update", low=1)
@@ -74,40 +74,38 @@ class Config:
     eval_every: int = option(10, "updates between scores, and between checkpoints", low=1)
     eval_prompts: int = option(512, "held-out prompts in a score", low=1)
 
-    def __post_init__(self):
-        c, longest = self, max(len(step) for _, step in TEACHERS.values()) * self.max_digits + 3
+    def __post_init__(c):
         for f in fields(c):
             value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
-            wanted = " or ".join(choices) or {int: f"{low} or more", float: "a number above 0"}.get(f.type)
-            if (type(value) is not f.type or choices and value not in choices
-                    or f.type is int and value < low or f.type is float and not 0 < value < math.inf):
-                raise ValueError(f"{flag(f.name)} {value}: give {wanted or f.type.__name__}")
-        for refused, name, remedy in (
-            (c.width % 32, "width", "a multiple of 32"),
-            (c.width / c.heads not in (32, 64), "heads", f"--width {c.width} divided by 32 or 64"),
-            (c.heads % c.kv_heads, "kv_heads", f"a divisor of --heads {c.heads}"),
-            (c.top_k > c.experts, "top_k", f"at most --experts {c.experts}"),
-            (c.expert_width % 8, "expert_width", "a multiple of 8"),
-            (not c.min_digits <= c.max_digits <= 10, "max_digits", f"--min-digits {c.min_digits} to 10"),
-            (c.max_response < longest, "max_response", f"{longest} or more, for the longest solution"),
-            (c.mini_batch % c.group_size, "group_size", f"a divisor of --mini-batch {c.mini_batch}"),
-            (c.mini_batch % c.per_pass, "micro_batch", f"a divisor of --mini-batch {c.mini_batch}"),
-            (c.device == "cuda" and not torch.cuda.is_available(), "device", "cpu: no GPU was found"),
-            (Path(c.name).name != c.name, "name", "a name without folders"),
+            wanted = {int: f"{low} or more", float: "a number above 0", bool: "True or False"}
+            fine = type(value) is f.type and (not choices or value in choices)
+            if not fine or f.type is int and value < low or f.type is float and not 0 < value < 1e9:
+                c.refuse(f.name, " or ".join(choices) or wanted.get(f.type, "a name"))
+        for name, refused, remedy in (
+            ("width", c.width % 32, "a multiple of 32"),
+            ("heads", c.width / c.heads not in (32, 64), f"--width {c.width} over 32 or over 64"),
+            ("kv_heads", c.heads % c.kv_heads, f"a divisor of --heads {c.heads}"),
+            ("top_k", c.top_k > c.experts, f"at most --experts {c.experts}"),
+            ("expert_width", c.expert_width % 8, "a multiple of 8"),
+            ("max_digits", not c.min_digits <= c.max_digits <= 10, f"{c.min_digits} to 10"),
+            ("group_size", c.mini_batch % c.group_size, f"a divisor of --mini-batch {c.mini_batch}"),
+            ("micro_batch", c.mini_batch % c.per_pass, f"a divisor of --mini-batch {c.mini_batch}"),
+            ("name", Path(c.name).name != c.name, "a name without folders"),
         ):
             if refused:
-                raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
+                c.refuse(name, remedy)
 
-    head_dim = property(lambda self: self.width // self.heads)
-    context = property(lambda self: self.max_digits + 1 + self.max_response)
-    per_pass = property(lambda self: self.micro_batch or self.mini_batch)
-    torch_device = property(lambda self: self.device if self.device != "auto" else
-                            "cuda" if torch.cuda.is_available() else "cpu")
+    def refuse(c, name: str, remedy: str):
+        raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
+
+    head_dim = property(lambda c: c.width // c.heads)
+    context = property(lambda c: c.max_digits + 1 + c.max_response)
+    per_pass = property(lambda c: c.micro_batch or c.mini_batch)
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
-# --------------------------------------------------------------------------------------- 2 Task
+# -------------------------------------------------------------------------------------- 2 Task
 # "3 1 4 =" asks for the running sum modulo 10, step by step, and then the answer. A step names the
 # next digit and writes the new sum: "3 3 1 4 4 8 : 8 $". Only the answer is graded, one 0 or 1.
 # The digits of a prompt differ: a small model finds its place by looking up the one it named last.
@@ -129,7 +127,8 @@ def make_prompts(n: int, c: Config, generator: Generator) -> tuple[Tensor, Tenso
 def demonstrations(n: int, c: Config, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Imperfect solutions, right padded: tokens (n, T + 1), prompt_lengths (n,), lengths (n,).
     A slip adds a wrong digit, and later steps build on the wrong sum."""
-    (slip_rate, step), (prompts, prompt_lengths) = TEACHERS[c.teacher], make_prompts(n, c, generator)
+    slip_rate, step = TEACHERS[c.teacher]
+    prompts, prompt_lengths = make_prompts(n, c, generator)
     slips = torch.randint(1, 10, prompts.shape, generator=generator)
     slips *= torch.rand(prompts.shape, generator=generator) < slip_rate
     rows = []
@@ -148,16 +147,16 @@ def grade(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
     return torch.tensor([float(row[start:end][-3:] == [ANSWER, sum(row[: start - 1]) % 10, EOS])
                          for row, start, end in rows], device=tokens.device)
 
-# -------------------------------------------------------------------------------------- 3 Model
-# Architecture and parameter names are Qwen3-MoE's: transformers loads these weights as they are. In
-# the functions, w holds the weights of one layer by name, and product is the numerics of an engine.
+# ------------------------------------------------------------------------------------- 3 Model
+# Architecture and parameter names are Qwen3-MoE's: transformers loads these weights as they are.
+# In functions, w holds the weights of one layer by name, and product is the numerics of an engine.
 
-# Without bf16 units a CPU multiplies bf16 ten times slower than fp32, where the products are exact.
-BF16_UNITS = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+# Without bf16 units a CPU multiplies bf16 ten times slower than fp32, where products are exact.
+BF16_UNITS = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool = False) -> Tensor:
     """x (..., in), weight (out, in) -> (..., out). With offsets (E,) and weight (E, out, in), expert e
-    has the rows of x (M, in) before offsets[e]. bf16 rounds operands and result, and sums in fp32."""
+    has the rows of x (M, in) before offsets[e]. bf16: operands and result rounded, sums in fp32."""
     if bf16:
         x, weight = (y.bfloat16() if BF16_UNITS else y.bfloat16().float() for y in (x, weight))
     y = F.linear(x, weight) if offsets is None else F.grouped_mm(x, weight.mT, offs=offsets)
@@ -171,9 +170,9 @@ def rotary_table(c: Config) -> Tensor:
     """cos and signed sin of position · 10000^(-2i / head_dim): (2, context, 1, head_dim)."""
     frequency = 1e4 ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
     angle = torch.arange(c.context)[:, None, None] * torch.cat([-frequency, frequency])
-    return torch.stack([angle.cos(), angle.sin()]).to(c.torch_device)
+    return torch.stack([angle.cos(), angle.sin()]).to(DEVICE)
 
-def attend(w: dict, x: Tensor, rotary: Tensor, product: Callable, cache: Tensor | None = None) -> Tensor:
+def attend(w: dict, x: Tensor, rotary: Tensor, product: Callable, cache: Tensor | None = None):
     """x (B, S, D) plus its causal grouped-query attention; rotary (2, S, 1, head_dim). The cache
     (2, B, K, T, head_dim) takes the keys and values of T positions, of which x is the last S."""
     d, (B, S, _) = rotary.shape[-1], x.shape
@@ -181,9 +180,9 @@ def attend(w: dict, x: Tensor, rotary: Tensor, product: Callable, cache: Tensor 
     H, K = len(q) // d, len(k) // d
     heads = product(rms_norm(x, w["input_layernorm.weight"]), torch.cat([q, k, v]))
     qk, v = heads.view(B, S, H + 2 * K, d).split([H + K, K], 2)
-    q_norm, k_norm = (w[f"self_attn.{name}_norm.weight"].expand(n, d) for name, n in (("q", H), ("k", K)))
-    qk = rms_norm(qk, torch.cat([q_norm, k_norm]))
-    q, k = (qk * rotary[0] + qk.roll(d // 2, -1) * rotary[1]).split([H, K], 2)  # rotary positions
+    q_norm, k_norm = w["self_attn.q_norm.weight"], w["self_attn.k_norm.weight"]
+    qk = rms_norm(qk, torch.cat([q_norm.expand(H, d), k_norm.expand(K, d)]))
+    q, k = (qk * rotary[0] + qk.roll(d // 2, -1) * rotary[1]).split([H, K], 2)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if cache is not None:
         cache[0, :, :, -S:], cache[1, :, :, -S:] = k, v
@@ -191,18 +190,19 @@ def attend(w: dict, x: Tensor, rotary: Tensor, product: Callable, cache: Tensor 
     q, k, v = rearrange(q, "b s (k g) d -> (b k) (g s) d", k=K), k.flatten(0, 1), v.flatten(0, 1)
     scores = (q.float() @ k.float().mT * d**-0.5).unflatten(1, (H // K, S))  # (B·K, H/K, S, T)
     if S > 1:
-        past = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).tril(scores.shape[3] - S)
+        T = scores.shape[-1]
+        past = torch.ones(S, T, dtype=torch.bool, device=x.device).tril(T - S)
         scores = scores.masked_fill(~past, -math.inf)
     out = scores.softmax(-1).flatten(1, 2) @ v.float()
     out = rearrange(out, "(b k) (g s) d -> b s (k g d)", b=B, s=S).to(x.dtype)
     return x + product(out, w["self_attn.o_proj.weight"])
 
 def moe(w: dict, x: Tensor, real: Tensor, A: int, replay: Tensor | None, product: Callable):
-    """x (M, D) plus, in its rows `real` (N,), a mixture of SwiGLU experts -> (M, D), live top-k (N, A).
-    Padding is left out before any choice is made, so no expert ever sees it. replay (N, A) or None."""
+    """x (M, D) plus, in its rows `real` (N,), a mixture of SwiGLU experts -> (M, D), live top-k
+    (N, A). Padding is left out before any choice: no expert ever sees it. replay (N, A) or None."""
     h = rms_norm(x, w["post_attention_layernorm.weight"])
-    router_logits = F.linear(h.float(), w["mlp.gate.weight"]).to(h.dtype).float()  # never quantised
-    router_logits = router_logits.index_select(0, real)
+    router_logits = F.linear(h.float(), w["mlp.gate.weight"]).to(h.dtype)  # never quantised
+    router_logits = router_logits.float().index_select(0, real)
     live = router_logits.topk(A).indices
 
     # All of routing replay: the selection is given, the weights stay live. They come from unmasked
@@ -210,8 +210,8 @@ def moe(w: dict, x: Tensor, real: Tensor, A: int, replay: Tensor | None, product
     experts = live if replay is None else replay
     weights = router_logits.gather(-1, experts).softmax(-1)
 
-    # A token is copied once for each of its experts and the copies are sorted by expert: each expert
-    # works on one block of rows, and one that nobody chose costs nothing.
+    # A token is copied once for each of its experts and the copies are sorted by expert: each
+    # expert works on one block of rows, and one that nobody chose costs nothing.
     gate_up, down = w["mlp.experts.gate_up_proj"], w["mlp.experts.down_proj"]
     order = experts.flatten().argsort(stable=True)
     rows = real[order // A]
@@ -221,16 +221,15 @@ def moe(w: dict, x: Tensor, real: Tensor, A: int, replay: Tensor | None, product
     return x.index_add(0, rows, product(hidden, down, offsets).to(x.dtype)), live
 
 def layer_parameters(c: Config) -> nn.ModuleDict:
-    linear, qkv = partial(nn.Linear, bias=False), {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
-    attention = {f"{name}_proj": linear(c.width, n * c.head_dim) for name, n in qkv.items()}
-    attention |= {"o_proj": linear(c.width, c.width),
-                  "q_norm": nn.RMSNorm(c.head_dim), "k_norm": nn.RMSNorm(c.head_dim)}
-    experts = {"gate_up_proj": torch.empty(c.experts, 2 * c.expert_width, c.width),
-               "down_proj": torch.empty(c.experts, c.width, c.expert_width)}
+    norm, linear, kv = nn.RMSNorm, partial(nn.Linear, bias=False), c.kv_heads * c.head_dim
     return nn.ModuleDict({
-        "input_layernorm": nn.RMSNorm(c.width), "self_attn": nn.ModuleDict(attention),
-        "post_attention_layernorm": nn.RMSNorm(c.width), "mlp": nn.ModuleDict({
-            "gate": linear(c.width, c.experts), "experts": nn.ParameterDict(experts)})})
+        "input_layernorm": norm(c.width), "post_attention_layernorm": norm(c.width),
+        "self_attn": nn.ModuleDict({
+            "q_proj": linear(c.width, c.width), "k_proj": linear(c.width, kv), "q_norm": norm(c.head_dim),
+            "v_proj": linear(c.width, kv), "o_proj": linear(c.width, c.width), "k_norm": norm(c.head_dim)}),
+        "mlp": nn.ModuleDict({"gate": linear(c.width, c.experts), "experts": nn.ParameterDict({
+            "gate_up_proj": torch.empty(c.experts, 2 * c.expert_width, c.width),
+            "down_proj": torch.empty(c.experts, c.width, c.expert_width)})})})
 
 class Model(nn.Module):
     """The training engine: one forward pass over whole sequences."""
@@ -239,12 +238,12 @@ class Model(nn.Module):
         self.config, generator = c, Generator().manual_seed(c.seed)
         self.embed_tokens = nn.Embedding(len(VOCABULARY), c.width)
         self.layers = nn.ModuleList(layer_parameters(c) for _ in range(c.layers))
-        self.norm, self.lm_head = nn.RMSNorm(c.width), nn.Linear(c.width, len(VOCABULARY), bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+        self.norm = nn.RMSNorm(c.width)
+        self.lm_head = nn.Linear(c.width, len(VOCABULARY), bias=False)
+        for matrix in (p for p in self.parameters() if p.dim() > 1):
+            nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5, generator=generator)
         self.rotary, self.product = rotary_table(c), partial(product, bf16=c.train_precision == "bf16")
-        self.to(c.torch_device)
+        self.to(DEVICE)
 
     def forward(self, tokens: Tensor, replay: Tensor | None = None, mask: Tensor | None = None):
         """tokens (B, T), replay (B, T, L, A) or None, mask (B, T), False on padding, which is on the
@@ -270,14 +269,14 @@ def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int) -> T
     """The routes of real tokens, int64 (N, L, A). ValueError if they cannot be replayed."""
     if routing.shape != shape:
         raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
-    ordered = routing[mask].sort(-1).values
-    bad = (ordered[..., 0] < 0) | (ordered[..., -1] >= experts) | (ordered.diff() == 0).any(-1)
+    order = routing[mask].sort(-1).values
+    bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
     if bad.any():
-        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} (token, layer) "
-                         f"pairs: each needs {shape[-1]} different experts below {experts}")
+        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} (token, "
+                         f"layer) pairs: each needs {shape[-1]} different experts below {experts}")
     return routing[mask].long()
 
-# ------------------------------------------------------------------------------------ 4 Rollout
+# ----------------------------------------------------------------------------------- 4 Rollout
 
 @dataclass
 class Rollout:
@@ -288,7 +287,7 @@ class Rollout:
     rollout_logprobs: Tensor  # (B, T) log μ of token t + 1, 0 outside the response
     routing: Tensor  # (B, T, L, A) the experts of μ
     version: int  # updates that μ's weights had seen
-    rewards: Tensor | None = None  # (B,) this and the next are for training to fill in
+    rewards: Tensor | None = None  # (B,) this and the next are filled in before training
     advantages: Tensor | None = None  # (B,)
     old_logprobs: Tensor | None = None  # (B, T) log π_old; None: what the training forward says
     replay: Tensor | None = None  # (B, T, L, A) the experts to train with; None: the live ones
@@ -296,7 +295,8 @@ class Rollout:
     @property
     def fed(self) -> Tensor:
         """(B, T) True where a token is fed: all of a sequence but its last token."""
-        return torch.arange(1, self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        column = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+        return column < self.lengths[:, None]
 
     @property
     def mask(self) -> Tensor:
@@ -317,13 +317,13 @@ def quantise(x: Tensor, precision: str) -> Tensor:
     largest = 448 if precision == "fp8" else 7  # of float8 e4m3; of int4, used symmetrically
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
     grid = x / scale
-    return (grid.to(torch.float8_e4m3fn).float() if precision == "fp8" else grid.round()) * scale
+    return scale * (grid.to(torch.float8_e4m3fn).float() if precision == "fp8" else grid.round())
 
 class InferenceEngine:
-    """The same policy in other numerics: token by token, with a KV cache, on rounded weights. It models
-    the numbers of a quantised engine, not its speed. In projections and experts, weights and activations
-    are quantised and products summed in fp32, as W8A8 kernels do; router, embedding and output head
-    are only rounded to bf16. Results are stored in bf16 (precision fp32: in fp32)."""
+    """The same policy in other numerics: token by token, with a KV cache, on rounded weights. It
+    models the numbers of a quantised engine, not its speed. In projections and experts, weights and
+    activations are quantised and products summed in fp32, as W8A8 kernels do; router, embedding and
+    output head are only rounded to bf16. Results are stored in bf16 (precision fp32: in fp32)."""
     def __init__(self, c: Config, precision: str):
         self.config, self.precision, self.version = c, precision, -1
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -332,13 +332,15 @@ class InferenceEngine:
     @torch.no_grad()
     def load_weights(self, model: Model, version: int):
         """Weight synchronisation: a rounded copy of every weight."""
-        self.version, self.weights = version, {}
+        self.version, self.weights, self.layers = version, {}, [{} for _ in range(self.config.layers)]
         for name, weight in model.named_parameters():
             stored = weight.to(self.dtype, copy=True)
-            self.weights[name] = (quantise(weight.clone(), self.precision) if "_proj" in name else
-                                  stored if "norm" in name else stored.float())
-        self.layers = [{name.removeprefix(f"layers.{i}."): weight for name, weight in self.weights.items()}
-                       for i in range(self.config.layers)]
+            if "norm" not in name:  # a matrix: held in fp32, with rounded values
+                stored = quantise(weight.clone(), self.precision) if "_proj" in name else stored.float()
+            self.weights[name] = stored
+            if name.startswith("layers."):
+                _, i, name = name.split(".", 2)
+                self.layers[int(i)][name] = stored
 
     def product(self, x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
         return product(quantise(x.float(), self.precision), weight, offsets).to(self.dtype)
@@ -347,7 +349,7 @@ class InferenceEngine:
         """Feeds tokens (B, S) at positions start, start + 1, …; their keys and values go into cache
         (L, 2, B, K, context, head_dim) -> logits (B, V) of the last one, routing (B, S, L, A)."""
         (B, S), routing, w = tokens.shape, [], self.weights
-        real, rotary = torch.arange(B * S, device=tokens.device), self.rotary[:, start : start + S]
+        real, rotary = torch.arange(B * S, device=DEVICE), self.rotary[:, start : start + S]
         x = w["embed_tokens.weight"][tokens].to(self.dtype)
         for layer, kv in zip(self.layers, cache[..., : start + S, :]):
             x = attend(layer, x, rotary, self.product, kv).flatten(0, 1)
@@ -359,35 +361,36 @@ class InferenceEngine:
         return logits, torch.stack(routing, 1).unflatten(0, (B, S))
 
     @torch.no_grad()
-    def generate(self, prompts: Tensor, prompt_lengths: Tensor, group_size: int, generator: Generator,
-                 eos: int = EOS) -> Rollout:
+    def generate(self, prompts: Tensor, prompt_lengths: Tensor, group_size: int,
+                 generator: Generator, eos: int = EOS) -> Rollout:
         """Samples G responses to each of P right-padded prompts (P, columns), prompt_lengths (P,).
-        Column t of a sequence is its position t. The columns that all prompts fill are fed at once, one
-        row a prompt; from there column by column, G rows a prompt: the prompt's own token while it
-        lasts, then a sample. FloatingPointError if the weights give no distribution."""
-        c, device = self.config, self.rotary.device
-        start, B, T = int(prompt_lengths.min()), len(prompts) * group_size, c.context - 1
+        Column t of a sequence is its position t. The columns that all prompts fill are fed at once,
+        one row a prompt; from there column by column, G rows a prompt: the prompt's own token while
+        it lasts, then a sample. FloatingPointError if the weights give no distribution."""
+        c, start, T = self.config, int(prompt_lengths.min()), self.config.context - 1
         cache = torch.zeros(c.layers, 2, len(prompts), c.kv_heads, c.context, c.head_dim,
-                            device=device, dtype=self.dtype)
-        logits, routes = self.forward(prompts[:, :start].to(device), 0, cache)
+                            device=DEVICE, dtype=self.dtype)
+        logits, routes = self.forward(prompts[:, :start].to(DEVICE), 0, cache)
         cache = cache.repeat_interleave(group_size, 2)
-        logits, routes, prompts, prompt_lengths = (x.to(device).repeat_interleave(group_size, 0)
-                                                   for x in (logits, routes, prompts, prompt_lengths))
+        logits, routes, prompts, prompt_lengths = (
+            x.to(DEVICE).repeat_interleave(group_size, 0)
+            for x in (logits, routes, prompts, prompt_lengths))
         tokens = F.pad(prompts, (0, T + 1 - prompts.shape[1]), value=EOS)
-        rollout_logprobs = torch.zeros(B, T, device=device)
-        routing = routes.new_full((B, T, c.layers, c.top_k), -1)
+        rollout_logprobs = torch.zeros(len(tokens), T, device=DEVICE)
+        routing = routes.new_full((len(tokens), T, c.layers, c.top_k), -1)
         routing[:, :start] = routes
         lengths = prompt_lengths + c.max_response  # cut off there, unless EOS comes first
-        live = torch.arange(B, device=device)  # unfinished sequences: the rows of logits and cache
+        live = torch.arange(len(tokens), device=DEVICE)  # unfinished: the rows of logits and cache
         for t in range(start, T + 1):
             logprobs = (logits / c.temperature).log_softmax(-1)  # the distribution that is sampled
             if not logprobs.isfinite().all():
                 raise FloatingPointError("log-probabilities of the rollout are not finite")
             sampled = torch.multinomial(logprobs.exp(), 1, generator=generator)
+            chosen, sampled = logprobs.gather(1, sampled)[:, 0], sampled[:, 0]
             in_prompt = t < prompt_lengths[live]
-            rollout_logprobs[live, t - 1] = logprobs.gather(1, sampled)[:, 0].masked_fill(in_prompt, 0)
-            tokens[live, t] = tokens[live, t].where(in_prompt, sampled[:, 0])
-            lengths[live[~in_prompt & (sampled[:, 0] == eos)]] = t + 1
+            rollout_logprobs[live, t - 1] = chosen.masked_fill(in_prompt, 0)
+            tokens[live, t] = tokens[live, t].where(in_prompt, sampled)
+            lengths[live[~in_prompt & (sampled == eos)]] = t + 1
             going = lengths[live] > t + 1
             if not going.all():  # finished sequences leave: no padding is ever decoded
                 live, cache = live[going], cache[:, :, going]
@@ -399,7 +402,7 @@ class InferenceEngine:
         return Rollout(tokens[:, : T + 1], prompt_lengths, lengths, rollout_logprobs[:, :T],
                        routing[:, :T], self.version)
 
-# ----------------------------------------------------------------------------------- 5 RL maths
+# ---------------------------------------------------------------------------------- 5 RL maths
 # Tensors in, tensors out. Shapes are (B, T) unless said otherwise; mask is True on response tokens.
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -413,16 +416,16 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Reward minus the mean of the G responses to its prompt, not divided by their deviation. rewards
-    (B,), groups adjacent -> (B,). Each response is in its own mean, which leaves 1 - 1/G of the gradient."""
+    """Reward minus the mean of the G responses to its prompt, not divided by their deviation: rewards
+    (B,), groups adjacent -> (B,). A response is in its own mean: 1 - 1/G of the gradient is left."""
     means = reduce(rewards, "(p g) -> p", "mean", g=group_size)
     return rewards - repeat(means, "p -> (p g)", g=group_size)
 
 TOKEN_CAP = 5.0  # arXiv 2512.01374, section 4
 SEQUENCE_CAP = 2.0  # the usual bound of sequence-level truncation
 
-def importance_weights(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
-                       kind: str = "token") -> Tensor:
+def importance_weights(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor,
+                       mask: Tensor, kind: str = "token") -> Tensor:
     """The constant that weighs each token's gradient, (B, T), 0 outside the mask.
     token     min(π_θ/μ_old, 5)
     sequence  min(Π_t π_θ/μ_old, 2), the product over the response, on each of its tokens
@@ -437,20 +440,21 @@ def clip_gate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_l
               clip_high: float = 0.27) -> Tensor:
     """False where an update would push a token further out of the trust region. advantages (B,).
     With r = π_θ/π_old:  Â > 0 and r > 1 + ε_high,  or  Â < 0 and r < 1 - ε_low."""
-    log_ratio = (logprobs - old_logprobs).detach()  # π_old, not μ_old: the gate measures staleness only
+    log_ratio = (logprobs - old_logprobs).detach()  # π_old, not μ_old: staleness only
     too_high = (advantages[:, None] > 0) & (log_ratio > math.log1p(clip_high))
     too_low = (advantages[:, None] < 0) & (log_ratio < math.log1p(-clip_low))
     return ~(too_high | too_low)
 
-def minirl_loss(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor,
-                mask: Tensor, *, n_sequences: int, n_tokens: int, clip: bool = True,
-                importance_sampling: str = "token", length_norm: bool = False) -> tuple[Tensor, Tensor]:
+def minirl_loss(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor,
+                advantages: Tensor, mask: Tensor, *, n_sequences: int, n_tokens: int,
+                clip: bool = True, importance_sampling: str = "token", length_norm: bool = False):
     """MiniRL (arXiv 2512.01374, equation 7): sum over tokens, mean over responses. advantages (B,).
-    n_sequences and n_tokens count the whole mini-batch, of which this may be a part; MiniRL divides by
-    the first, objectives that average over tokens by the second. -> loss (), gate (B, T)."""
-    logprobs, old_logprobs, rollout_logprobs = (  # what is outside the mask, even NaN, stays outside
+    n_sequences and n_tokens count the whole mini-batch, of which this may be a part; MiniRL divides
+    by the first, objectives that average over tokens by the second. -> loss (), gate (B, T)."""
+    logprobs, old_logprobs, rollout_logprobs = (  # outside the mask even NaN has no influence
         x.masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs, rollout_logprobs))
-    weights = importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
+    weights = importance_weights(
+        logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
     gate = clip_gate(logprobs, old_logprobs, advantages) if clip else torch.ones_like(mask)
     objective = weights * gate * advantages[:, None] * logprobs
     if length_norm:
@@ -462,7 +466,7 @@ def kl_k1(sampled: Tensor, other: Tensor, mask: Tensor) -> Tensor:
     return (sampled.double() - other.double())[mask].mean()
 
 def kl_k3(sampled: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    """KL(p‖q) as the mean of q/p - 1 - log q/p, never negative; fp64 expm1 keeps digits near zero."""
+    """The same by q/p - 1 - log q/p, never negative; fp64 expm1 keeps the digits near zero."""
     x = (other.double() - sampled.double())[mask]
     return (x.expm1() - x).mean()
 
@@ -472,22 +476,23 @@ def extreme_token_fraction(old_logprobs: Tensor, rollout_logprobs: Tensor, mask:
     return ((old_logprobs - rollout_logprobs)[mask].abs() > math.log(tau)).double().mean()
 
 def effective_sample_size(log_weights: Tensor, mask: Tensor) -> Tensor:
-    """(Σw)² / (n Σw²) over masked tokens: 1 if all weights are equal, 1/n if one has everything."""
+    """(Σw)² / (n Σw²) of masked tokens: 1 if all weights are equal, 1/n if one has everything."""
     x = log_weights.double()[mask]
     w = (x - x.max()).exp()
     return w.sum().square() / (len(w) * w.square().sum())
 
 def routing_agreement(routing: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    """Share of masked tokens for which both chose one set of experts. (B, T, L, A) twice -> (L,)."""
+    """Share of masked tokens where both chose one set of experts. (B, T, L, A) twice -> (L,)."""
     same = (routing.sort(-1).values == other.sort(-1).values).all(-1)  # columns have no order
     return same[mask].double().mean(0)
 
-# --------------------------------------------------------------------------------- 6 Train step
+# -------------------------------------------------------------------------------- 6 Train step
 
 def policy(model: Model, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """The training engine on a batch -> logprobs (B, T), entropies (B, T), live routing (B, T, L, A)."""
-    (logits, routing), heat = model(batch.tokens[:, :-1], batch.replay, batch.fed), model.config.temperature
-    return token_logprobs(logits, batch.tokens[:, 1:], heat), entropy(logits.detach(), heat), routing
+    """π on a batch -> logprobs (B, T), entropies (B, T), live routing (B, T, L, A)."""
+    logits, routing = model(batch.tokens[:, :-1], batch.replay, batch.fed)
+    logprobs = token_logprobs(logits, batch.tokens[:, 1:], model.config.temperature)
+    return logprobs, entropy(logits.detach(), model.config.temperature), routing
 
 def prepare_batch(model: Model, rollout: Rollout, version: int,
                   advantage_fn: Callable = group_advantages) -> Rollout:
@@ -495,8 +500,8 @@ def prepare_batch(model: Model, rollout: Rollout, version: int,
     ValueError if it was sampled with other weights than those of policy `version`."""
     c = model.config
     if rollout.version != version:
-        raise ValueError(f"rollout of policy version {rollout.version}, but the trainer is at {version}: "
-                         "call engine.load_weights before engine.generate")
+        raise ValueError(f"rollout of policy version {rollout.version}, but the trainer is at "
+                         f"{version}: call engine.load_weights before engine.generate")
     batch = replace(rollout, advantages=advantage_fn(rollout.rewards, c.group_size))
     if c.replay == "R3":
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
@@ -513,15 +518,15 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Rollout,
     """One update from one mini-batch -> metrics, all of them from before the update.
     FloatingPointError, weights untouched, if the loss or its gradient is not finite."""
     optimizer.zero_grad()
-    mask, passes = batch.mask, []
+    mask, mu, passes = batch.mask, batch.rollout_logprobs, []
     for part in batch.split(model.config.per_pass):
         logprobs, entropies, routing = policy(model, part)
-        old_logprobs = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        loss, gate = loss_fn(logprobs, old_logprobs, part.rollout_logprobs, part.advantages, part.mask,
+        old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+        loss, gate = loss_fn(logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
                              n_sequences=len(mask), n_tokens=int(mask.sum()))
         loss.backward()
-        passes.append((loss.detach()[None], logprobs.detach(), old_logprobs, entropies, routing, gate))
-    losses, logprobs, old_logprobs, entropies, routing, gate = map(torch.cat, zip(*passes))
+        passes.append((loss.detach()[None], logprobs.detach(), old, entropies, routing, gate))
+    losses, logprobs, old, entropies, routing, gate = map(torch.cat, zip(*passes))
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not (losses.isfinite().all() and grad_norm.isfinite()):
         raise FloatingPointError(f"loss {losses.sum():.3g}, gradient norm {grad_norm:.3g}")
@@ -529,10 +534,10 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Rollout,
     metrics = {
         "reward": batch.rewards.mean(),
         "entropy": entropies[mask].mean(),
-        "mismatch_kl": kl_k3(batch.rollout_logprobs, old_logprobs, mask),
-        "staleness_kl": kl_k3(old_logprobs, logprobs, mask),
-        "extreme_token_fraction": extreme_token_fraction(old_logprobs, batch.rollout_logprobs, mask),
-        "effective_sample_size": effective_sample_size(logprobs - batch.rollout_logprobs, mask),
+        "mismatch_kl": kl_k3(mu, old, mask),
+        "staleness_kl": kl_k3(old, logprobs, mask),
+        "extreme_token_fraction": extreme_token_fraction(old, mu, mask),
+        "effective_sample_size": effective_sample_size(logprobs - mu, mask),
         "routing_agreement": routing_agreement(routing, batch.routing, batch.fed),
         "clip_fraction": 1 - gate[mask].double().mean(),
         "response_length": (batch.lengths - batch.prompt_lengths).double().mean(),
@@ -540,7 +545,7 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Rollout,
     }
     return {name: value.tolist() for name, value in metrics.items()}
 
-# --------------------------------------------------------------------------------------- 7 Main
+# -------------------------------------------------------------------------------------- 7 Main
 
 def write_aside(path: Path, write: Callable[[Path], object]):
     """A file appears whole or not at all, whatever runs beside this or cuts it short."""
@@ -551,20 +556,19 @@ def write_aside(path: Path, write: Callable[[Path], object]):
 
 def cold_start(c: Config) -> Model:
     """Supervised learning from imperfect demonstrations, without a load-balancing loss, as in RL.
-    Kept under runs/, keyed by this file and by the options up to `device`, which decide the result."""
-    model, generator = Model(c), Generator().manual_seed(c.seed)
-    options = [getattr(c, f.name) for f in fields(c)][: [f.name for f in fields(c)].index("device")]
-    key = repr([options, c.torch_device, torch.__version__, Path(__file__).read_text()]).encode()
-    path = Path("runs", "cold_start", hashlib.sha256(key).hexdigest()[:16] + ".pt")
+    Kept under runs/, keyed by this file and by the options before `name`, which decide the result."""
+    model, generator, options = Model(c), Generator().manual_seed(c.seed), list(asdict(c).items())
+    key = [*options[: list(asdict(c)).index("name")], DEVICE, torch.__version__, Path(__file__).read_text()]
+    path = Path("runs/cold_start", hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".pt")
     if path.exists():
-        model.load_state_dict(torch.load(path, map_location=c.torch_device))
+        model.load_state_dict(torch.load(path, map_location=DEVICE))
         return model
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step in (bar := tqdm(range(c.cold_start_steps), "cold start", disable=None, leave=False)):
         rise_and_fall = min(1, (step + 1) / 20, 2.5 * (1 - step / c.cold_start_steps))
-        optimizer.param_groups[0]["lr"] = c.cold_start_lr * rise_and_fall
-        tensors = (x.to(c.torch_device) for x in demonstrations(64, c, generator))
-        batch = Rollout(*tensors, rollout_logprobs=None, routing=None, version=0)
+        optimizer.param_groups[0]["lr"] = 6e-3 * rise_and_fall
+        demos = (x.to(DEVICE) for x in demonstrations(64, c, generator))
+        batch = Rollout(*demos, rollout_logprobs=None, routing=None, version=0)
         loss = -policy(model, batch)[0][batch.mask].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -580,21 +584,21 @@ def sample(engine: InferenceEngine, n: int, group_size: int, prompts: Generator,
     return replace(rollout, rewards=grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths))
 
 def evaluate(model: Model) -> Rollout:
-    """A response to each held-out prompt: training precision, native routing, and random numbers of its
-    own, so that a score changes nothing in training and every score has the same prompts."""
+    """A response to each held-out prompt, at training precision, with native routing. Its random
+    numbers are its own: a score changes nothing in training, and all scores have the same prompts."""
     c, engine = model.config, InferenceEngine(model.config, model.config.train_precision)
     engine.load_weights(model, 0)
-    prompts, samples = (Generator(device).manual_seed(2**40) for device in ("cpu", c.torch_device))
+    prompts, samples = (Generator(device).manual_seed(2**40) for device in ("cpu", DEVICE))
     return sample(engine, c.eval_prompts, 1, prompts, samples)
 
 def draw(rows: list[dict], path: Path):
     """The six curves of a run."""
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
-    titles = {"score": "score on held-out prompts", "mismatch_kl": "training-inference KL(μ_old‖π_old)",
-              "reward": "training reward", "entropy": "entropy of π_θ, nats", "staleness_kl":
-              "staleness KL(π_old‖π_θ)", "routing_agreement": "tokens with the same experts in π_θ and μ"}
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, titles.items()):
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, (
+            ("score", "score on held-out prompts"), ("mismatch_kl", "training-inference KL(μ_old‖π_old)"),
+            ("reward", "training reward"), ("entropy", "entropy of π_θ, nats"),
+            ("staleness_kl", "staleness KL(π_old‖π_θ)"), ("routing_agreement", "same experts in π_θ and μ"))):
         points = [(row["update"], row[name]) for row in rows if row[name] is not None]
         axes.plot(*zip(*points), marker="o" if name == "score" else "", markersize=3)
         axes.set(title=title, xlabel="update", yscale="log" if name.endswith("kl") else "linear")
@@ -604,15 +608,14 @@ def draw(rows: list[dict], path: Path):
 
 def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
           advantage_fn: Callable = group_advantages):
-    """A run in runs/NAME, from its cold start or on from its checkpoint. loss_fn and advantage_fn take
-    the place of MiniRL's. FloatingPointError if the numbers blow up; KeyboardInterrupt after Ctrl-C,
-    which is obeyed when the rollout batch is done and everything is on disk."""
+    """A run in runs/NAME, from its cold start or on from its checkpoint. loss_fn and advantage_fn
+    take the place of MiniRL's. FloatingPointError if the numbers blow up; KeyboardInterrupt after
+    Ctrl-C, which is obeyed when the rollout batch is done and everything is on disk."""
     loss_fn = loss_fn or partial(minirl_loss, clip=c.clip, length_norm=c.length_norm,
                                  importance_sampling=c.importance_sampling)
-    model, engine, folder = cold_start(c), InferenceEngine(c, c.rollout_precision), Path("runs", c.name)
+    folder, model, engine = Path("runs", c.name), cold_start(c), InferenceEngine(c, c.rollout_precision)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.0, fused=True)
-    prompts = Generator().manual_seed(c.seed + 1)
-    samples = Generator(c.torch_device).manual_seed(c.seed + 2)
+    prompts, samples = Generator().manual_seed(c.seed + 1), Generator(DEVICE).manual_seed(c.seed + 2)
     update, rows, stop, before = 0, [], [], evaluate(model)
     after = before
     if resume:
@@ -630,12 +633,12 @@ def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
                  "optimizer": optimizer.state_dict(), "prompts": prompts.get_state(),
                  "samples": samples.get_state()}
         write_aside(folder / "checkpoint.pt", lambda aside: torch.save(state, aside))
-        lines = "".join(json.dumps(row) + "\n" for row in rows)  # not those that a resumed run redoes
-        write_aside(folder / "metrics.jsonl", lambda aside: aside.write_text(lines))
         if rows:
             draw(rows, folder / "curves.png")
 
     write_aside(folder / "config.json", lambda aside: aside.write_text(json.dumps(asdict(c), indent=2)))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)  # without those that are done again now
+    write_aside(folder / "metrics.jsonl", lambda aside: aside.write_text(lines))
     save()
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     print(f"{folder}: score {before.rewards.mean():.3f} before RL\n"
@@ -648,17 +651,17 @@ def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
         batch = prepare_batch(model, rollout, update, advantage_fn)
         shared = (time.perf_counter() - began) / c.mini_batches
         for mini_batch in batch.split(c.mini_batch):
-            began = time.perf_counter()
-            row = {"update": update + 1, "score": None, **train_step(model, optimizer, mini_batch, loss_fn)}
+            began, update = time.perf_counter(), update + 1
+            row = {"update": update, "score": None, **train_step(model, optimizer, mini_batch, loss_fn)}
             row["seconds"] = shared + time.perf_counter() - began
             row["tokens_per_second"] = int(mini_batch.lengths.sum()) / row["seconds"]
-            rows, update = rows + [row], update + 1
             line = "{reward:7.3f} {entropy:8.3f} {mismatch_kl:8.1e} {staleness_kl:10.1e}".format(**row)
             if update % c.eval_every == 0 or update == c.updates:
                 after = evaluate(model)
                 row["score"] = after.rewards.mean().item()
                 bar.write(f"{update:6} {row['score']:6.3f} {line} {min(row['routing_agreement']):10.3f} "
                           f"{row['clip_fraction']:8.4f} {row['seconds']:8.2f}")
+            rows.append(row)
             with open(folder / "metrics.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(line)
@@ -669,13 +672,13 @@ def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
     save()
     for i in range(3):
         for when, rollout in (("before", before), ("after", after)):
-            response = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
-            print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {response}")
+            symbols = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
+            print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {symbols}")
     if stop:
         raise KeyboardInterrupt
 
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
-    """What the command line asks for: configuration, and whether to resume. ValueError if refused."""
+    """What a command line asks for: configuration, and whether to resume. ValueError if refused."""
     def refuse(message: str):
         raise ValueError(message)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -687,12 +690,10 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['text']} [{f.default}]")
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    if resume is None:
-        config, n = Config(**given), 1
-        while not config.name and Path(f"runs/run-{n}").exists():
-            n += 1
-        name = config.name or f"run-{n}"
+    if (resume := given.pop("resume")) is None:
+        config = Config(**given)
+        name = config.name or next(name for i in range(1, 10**6)
+                                   if not Path("runs", name := f"run-{i}").exists())
         if Path("runs", name).exists():
             raise ValueError(f"--name {name}: runs/{name} exists; give a new name, or --resume {name}")
         return replace(config, name=name), False
@@ -702,7 +703,7 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
     saved = torch.load(path, map_location="cpu")["config"] | {"name": path.parent.name}
     for name, value in given.items():
         if name != "updates" and value != saved[name]:
-            raise ValueError(f"{flag(name)} {value}: runs/{saved['name']} has {saved[name]}; leave it out")
+            raise ValueError(f"{flag(name)} {value}: {path} has {saved[name]}; leave the option out")
     return Config(**saved | given), True
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import nano_moe_rl as nano  # noqa: E402
 def config():
     """Distinct sizes everywhere, so that swapped axes cannot pass."""
     return nano.Config(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
-                       mini_batch=12, group_size=4, mini_batches=2, eval_prompts=7, device="cpu")
+                       mini_batch=12, group_size=4, mini_batches=2, eval_prompts=7)
 
 
 @pytest.fixture
