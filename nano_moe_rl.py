@@ -1,12 +1,11 @@
 """Reinforcement learning on a Mixture-of-Experts language model, kept stable by routing replay.
 
     python nano_moe_rl.py                                           # cold start, RL, a picture
-    python nano_moe_rl.py --replay none --rollout-precision int4    # turn a dial and look again
-    python nano_moe_rl.py --help                                    # every dial
+    python nano_moe_rl.py --replay none --rollout-precision int4    # turn a dial (--help) and look
 
-The method is MiniRL ("Stabilizing Reinforcement Learning with LLMs", arXiv 2512.01374). A response
-earns one reward, so the honest objective weighs whole responses. What is trained instead is its
-first-order approximation, a sum over tokens, valid only while two gaps between policies are small:
+The method is MiniRL ("Stabilizing Reinforcement Learning with LLMs", arXiv 2512.01374). A reward
+is for a whole response, but what is trained is a first-order approximation, a sum over tokens. It
+holds only while two gaps between policies are small:
 
     π_θ / μ_old  =  (π_old / μ_old: two engines)  ×  (π_θ / π_old: stale weights)
 
@@ -17,12 +16,12 @@ first-order approximation, a sum over tokens, valid only while two gaps between 
 In an MoE both gaps hide a switch: other rounding or other weights send a token to other experts.
 Routing replay fixes the experts in training, to those of π_old (mode R2) or those of μ_old (R3).
 
-Dimensions: P prompts, G responses each, B = P·G sequences, T positions, N real tokens, V vocabulary,
-D width, H heads, K key-value heads, L layers, E experts, A active ones, F their width. A row has
-T + 1 tokens. Position t is fed token t and predicts token t + 1: log-probabilities, masks and
-routing have T columns. Routing is int16 (B, T, L, A), -1 on padding.
+Dimensions: P prompts, G responses each, B = P·G sequences, T positions, N real tokens, V symbols,
+D width, H heads, K key-value heads, L layers, E experts, A active ones, F their width. Rows have
+T + 1 tokens; position t is fed token t and predicts token t + 1: everything else has T columns.
+Routing is int16 (B, T, L, A), -1 on padding.
 """
-import argparse, hashlib, json, math, os, signal, sys, time  # noqa: E401
+import argparse, copy, hashlib, json, math, os, signal, sys, time  # noqa: E401
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -77,10 +76,13 @@ class Config:
     def __post_init__(c):
         for f in fields(c):
             value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
-            wanted = {int: f"{low} or more", float: "a number above 0", bool: "True or False"}
+            bound = f"{low} or more" if f.type is int else "a number above 0"
             fine = type(value) is f.type and (not choices or value in choices)
-            if not fine or f.type is int and value < low or f.type is float and not 0 < value < 1e9:
-                c.refuse(f.name, " or ".join(choices) or wanted.get(f.type, "a name"))
+            if fine and f.type in (int, float):
+                fine = (low <= value if f.type is int else 0 < value) and value < 1e9
+            if not fine:
+                raise ValueError(f"{flag(f.name)} {value}: give {' or '.join(choices) or bound}")
+        longest = len(TEACHERS[c.teacher][1]) * c.max_digits + 3
         for name, refused, remedy in (
             ("width", c.width % 32, "a multiple of 32"),
             ("heads", c.width / c.heads not in (32, 64), f"--width {c.width} over 32 or over 64"),
@@ -88,15 +90,14 @@ class Config:
             ("top_k", c.top_k > c.experts, f"at most --experts {c.experts}"),
             ("expert_width", c.expert_width % 8, "a multiple of 8"),
             ("max_digits", not c.min_digits <= c.max_digits <= 10, f"{c.min_digits} to 10"),
-            ("group_size", c.mini_batch % c.group_size, f"a divisor of --mini-batch {c.mini_batch}"),
-            ("micro_batch", c.mini_batch % c.per_pass, f"a divisor of --mini-batch {c.mini_batch}"),
-            ("name", Path(c.name).name != c.name, "a name without folders"),
+            ("max_response", c.max_response < longest, f"{longest} or more"),
+            ("updates", c.updates % c.mini_batches, f"a multiple of {c.mini_batches}"),
+            ("group_size", c.mini_batch % c.group_size, f"a divisor of {c.mini_batch}"),
+            ("micro_batch", c.mini_batch % c.per_pass, f"a divisor of {c.mini_batch}"),
+            ("name", "/" in c.name or c.name in ("..", ".", "cold_start"), "a free, plain name"),
         ):
             if refused:
-                c.refuse(name, remedy)
-
-    def refuse(c, name: str, remedy: str):
-        raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
+                raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
 
     head_dim = property(lambda c: c.width // c.heads)
     context = property(lambda c: c.max_digits + 1 + c.max_response)
@@ -113,9 +114,9 @@ def flag(name: str) -> str:
 VOCABULARY = "0123456789=:$"
 ASK, ANSWER, EOS = (VOCABULARY.index(symbol) for symbol in "=:$")
 TEACHERS = {  # name: (chance of a slip in a step, how a step is written)
-    "brief": (0.20, "ds"),  # d the digit, s the new sum, p the sum before it
-    "equation": (0.22, "d=s"),
-    "restating": (0.24, "pds"),
+    "brief": (0.22, "ds"),  # d the digit, s the new sum, p the sum before it
+    "equation": (0.25, "d=s"),
+    "restating": (0.28, "pds"),
 }
 
 def make_prompts(n: int, c: Config, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -155,8 +156,8 @@ def grade(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
 BF16_UNITS = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool = False) -> Tensor:
-    """x (..., in), weight (out, in) -> (..., out). With offsets (E,) and weight (E, out, in), expert e
-    has the rows of x (M, in) before offsets[e]. bf16: operands and result rounded, sums in fp32."""
+    """x (..., in), weight (out, in) -> (..., out). With offsets (E,) and weight (E, out, in),
+    expert e has the rows of x (M, in) before offsets[e]. bf16: all rounded, but sums in fp32."""
     if bf16:
         x, weight = (y.bfloat16() if BF16_UNITS else y.bfloat16().float() for y in (x, weight))
     y = F.linear(x, weight) if offsets is None else F.grouped_mm(x, weight.mT, offs=offsets)
@@ -189,11 +190,8 @@ def attend(w: dict, x: Tensor, rotary: Tensor, product: Callable, cache: Tensor 
         k, v = cache
     q, k, v = rearrange(q, "b s (k g) d -> (b k) (g s) d", k=K), k.flatten(0, 1), v.flatten(0, 1)
     scores = (q.float() @ k.float().mT * d**-0.5).unflatten(1, (H // K, S))  # (B·K, H/K, S, T)
-    if S > 1:
-        T = scores.shape[-1]
-        past = torch.ones(S, T, dtype=torch.bool, device=x.device).tril(T - S)
-        scores = scores.masked_fill(~past, -math.inf)
-    out = scores.softmax(-1).flatten(1, 2) @ v.float()
+    future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(k.shape[1] - S + 1)
+    out = scores.masked_fill(future, -math.inf).softmax(-1).flatten(1, 2) @ v.float()
     out = rearrange(out, "(b k) (g s) d -> b s (k g d)", b=B, s=S).to(x.dtype)
     return x + product(out, w["self_attn.o_proj.weight"])
 
@@ -221,15 +219,16 @@ def moe(w: dict, x: Tensor, real: Tensor, A: int, replay: Tensor | None, product
     return x.index_add(0, rows, product(hidden, down, offsets).to(x.dtype)), live
 
 def layer_parameters(c: Config) -> nn.ModuleDict:
-    norm, linear, kv = nn.RMSNorm, partial(nn.Linear, bias=False), c.kv_heads * c.head_dim
+    D, F, kv, norm = c.width, c.expert_width, c.kv_heads * c.head_dim, nn.RMSNorm
+    linear = partial(nn.Linear, bias=False)
     return nn.ModuleDict({
-        "input_layernorm": norm(c.width), "post_attention_layernorm": norm(c.width),
+        "input_layernorm": norm(D), "post_attention_layernorm": norm(D),
         "self_attn": nn.ModuleDict({
-            "q_proj": linear(c.width, c.width), "k_proj": linear(c.width, kv), "q_norm": norm(c.head_dim),
-            "v_proj": linear(c.width, kv), "o_proj": linear(c.width, c.width), "k_norm": norm(c.head_dim)}),
-        "mlp": nn.ModuleDict({"gate": linear(c.width, c.experts), "experts": nn.ParameterDict({
-            "gate_up_proj": torch.empty(c.experts, 2 * c.expert_width, c.width),
-            "down_proj": torch.empty(c.experts, c.width, c.expert_width)})})})
+            "q_proj": linear(D, D), "k_proj": linear(D, kv), "v_proj": linear(D, kv),
+            "o_proj": linear(D, D), "q_norm": norm(c.head_dim), "k_norm": norm(c.head_dim)}),
+        "mlp": nn.ModuleDict({"gate": linear(D, c.experts), "experts": nn.ParameterDict({
+            "gate_up_proj": torch.empty(c.experts, 2 * F, D),
+            "down_proj": torch.empty(c.experts, D, F)})})})
 
 class Model(nn.Module):
     """The training engine: one forward pass over whole sequences."""
@@ -242,12 +241,13 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(c.width, len(VOCABULARY), bias=False)
         for matrix in (p for p in self.parameters() if p.dim() > 1):
             nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5, generator=generator)
-        self.rotary, self.product = rotary_table(c), partial(product, bf16=c.train_precision == "bf16")
+        self.product = partial(product, bf16=c.train_precision == "bf16")
+        self.rotary = rotary_table(c)
         self.to(DEVICE)
 
     def forward(self, tokens: Tensor, replay: Tensor | None = None, mask: Tensor | None = None):
-        """tokens (B, T), replay (B, T, L, A) or None, mask (B, T), False on padding, which is on the
-        right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), live under replay too.
+        """tokens (B, T), replay (B, T, L, A) or None, mask (B, T), False on padding, which
+        is on the right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), always live.
         ValueError if replay has the wrong shape, or no valid route for a real token."""
         c, (B, T) = self.config, tokens.shape
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
@@ -269,12 +269,13 @@ def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int) -> T
     """The routes of real tokens, int64 (N, L, A). ValueError if they cannot be replayed."""
     if routing.shape != shape:
         raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
-    order = routing[mask].sort(-1).values
+    routes = routing[mask].long()
+    order = routes.sort(-1).values
     bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
     if bad.any():
-        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} (token, "
-                         f"layer) pairs: each needs {shape[-1]} different experts below {experts}")
-    return routing[mask].long()
+        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} "
+                         f"(token, layer) pairs: {shape[-1]} different experts below {experts}")
+    return routes
 
 # ----------------------------------------------------------------------------------- 4 Rollout
 
@@ -310,8 +311,8 @@ class Rollout:
                 for i in range(0, len(self.tokens), size)]
 
 def quantise(x: Tensor, precision: str) -> Tensor:
-    """fp32 x on a grid with one scale a row of the last axis: a token of an activation (..., in), an
-    output channel of a weight (..., out, in). Stays fp32. bf16 needs no scale."""
+    """fp32 x on a grid with one scale a row of the last axis: a token of an activation (..., in),
+    an output channel of a weight (..., out, in). Stays fp32. bf16 needs no scale."""
     if precision in ("fp32", "bf16"):
         return x if precision == "fp32" else x.bfloat16().float()
     largest = 448 if precision == "fp8" else 7  # of float8 e4m3; of int4, used symmetrically
@@ -331,16 +332,13 @@ class InferenceEngine:
 
     @torch.no_grad()
     def load_weights(self, model: Model, version: int):
-        """Weight synchronisation: a rounded copy of every weight."""
-        self.version, self.weights, self.layers = version, {}, [{} for _ in range(self.config.layers)]
-        for name, weight in model.named_parameters():
-            stored = weight.to(self.dtype, copy=True)
-            if "norm" not in name:  # a matrix: held in fp32, with rounded values
-                stored = quantise(weight.clone(), self.precision) if "_proj" in name else stored.float()
-            self.weights[name] = stored
-            if name.startswith("layers."):
-                _, i, name = name.split(".", 2)
-                self.layers[int(i)][name] = stored
+        """Weight synchronisation: a rounded copy of every weight, matrices held in fp32."""
+        self.version, self.model = version, copy.deepcopy(model).requires_grad_(False)
+        for name, weight in self.model.named_parameters():
+            stored = weight.data.to(self.dtype)
+            weight.data = (stored if "norm" in name else stored.float() if "_proj" not in name
+                           else quantise(weight.data, self.precision))
+        self.layers = [dict(layer.named_parameters()) for layer in self.model.layers]
 
     def product(self, x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
         return product(quantise(x.float(), self.precision), weight, offsets).to(self.dtype)
@@ -348,16 +346,16 @@ class InferenceEngine:
     def forward(self, tokens: Tensor, start: int, cache: Tensor) -> tuple[Tensor, Tensor]:
         """Feeds tokens (B, S) at positions start, start + 1, …; their keys and values go into cache
         (L, 2, B, K, context, head_dim) -> logits (B, V) of the last one, routing (B, S, L, A)."""
-        (B, S), routing, w = tokens.shape, [], self.weights
+        (B, S), routing = tokens.shape, []
         real, rotary = torch.arange(B * S, device=DEVICE), self.rotary[:, start : start + S]
-        x = w["embed_tokens.weight"][tokens].to(self.dtype)
-        for layer, kv in zip(self.layers, cache[..., : start + S, :]):
-            x = attend(layer, x, rotary, self.product, kv).flatten(0, 1)
-            x, live = moe(layer, x, real, self.config.top_k, None, self.product)
+        x = self.model.embed_tokens(tokens).to(self.dtype)
+        for w, kv in zip(self.layers, cache[..., : start + S, :]):
+            x = attend(w, x, rotary, self.product, kv).flatten(0, 1)
+            x, live = moe(w, x, real, self.config.top_k, None, self.product)
             x = x.view(B, S, -1)
             routing.append(live.to(torch.int16))
-        last = rms_norm(x[:, -1], w["norm.weight"]).float()
-        logits = F.linear(last, w["lm_head.weight"]).to(self.dtype).float()
+        last = rms_norm(x[:, -1], self.model.norm.weight).float()
+        logits = self.model.lm_head(last).to(self.dtype).float()
         return logits, torch.stack(routing, 1).unflatten(0, (B, S))
 
     @torch.no_grad()
@@ -416,8 +414,8 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Reward minus the mean of the G responses to its prompt, not divided by their deviation: rewards
-    (B,), groups adjacent -> (B,). A response is in its own mean: 1 - 1/G of the gradient is left."""
+    """Reward minus the mean of the G responses to its prompt, not divided by their deviation.
+    rewards (B,), groups adjacent -> (B,). Being in its own mean leaves 1 - 1/G of the gradient."""
     means = reduce(rewards, "(p g) -> p", "mean", g=group_size)
     return rewards - repeat(means, "p -> (p g)", g=group_size)
 
@@ -556,17 +554,18 @@ def write_aside(path: Path, write: Callable[[Path], object]):
 
 def cold_start(c: Config) -> Model:
     """Supervised learning from imperfect demonstrations, without a load-balancing loss, as in RL.
-    Kept under runs/, keyed by this file and by the options before `name`, which decide the result."""
-    model, generator, options = Model(c), Generator().manual_seed(c.seed), list(asdict(c).items())
-    key = [*options[: list(asdict(c)).index("name")], DEVICE, torch.__version__, Path(__file__).read_text()]
-    path = Path("runs/cold_start", hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".pt")
+    Kept under runs/, keyed by this file and by all options before `name`, which decide it."""
+    model, generator = Model(c), Generator().manual_seed(c.seed)
+    options = str(asdict(c)).partition("'name'")[0]
+    key = "\n".join([options, DEVICE, torch.__version__, Path(__file__).read_text()])
+    path = Path("runs/cold_start", hashlib.sha256(key.encode()).hexdigest()[:16] + ".pt")
     if path.exists():
         model.load_state_dict(torch.load(path, map_location=DEVICE))
         return model
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 0, (0.9, 0.95), weight_decay=0.1, fused=True)
     for step in (bar := tqdm(range(c.cold_start_steps), "cold start", disable=None, leave=False)):
         rise_and_fall = min(1, (step + 1) / 20, 2.5 * (1 - step / c.cold_start_steps))
-        optimizer.param_groups[0]["lr"] = 6e-3 * rise_and_fall
+        optimizer.param_groups[0]["lr"] = 4e-3 * rise_and_fall
         demos = (x.to(DEVICE) for x in demonstrations(64, c, generator))
         batch = Rollout(*demos, rollout_logprobs=None, routing=None, version=0)
         loss = -policy(model, batch)[0][batch.mask].mean()
@@ -578,44 +577,48 @@ def cold_start(c: Config) -> Model:
     write_aside(path, lambda aside: torch.save(model.state_dict(), aside))
     return model
 
-def sample(engine: InferenceEngine, n: int, group_size: int, prompts: Generator, samples: Generator):
+def sample(engine: InferenceEngine, n: int, G: int, prompts: Generator, samples: Generator):
     """A graded rollout of n new prompts."""
-    rollout = engine.generate(*make_prompts(n, engine.config, prompts), group_size, samples)
+    rollout = engine.generate(*make_prompts(n, engine.config, prompts), G, samples)
     return replace(rollout, rewards=grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths))
 
 def evaluate(model: Model) -> Rollout:
     """A response to each held-out prompt, at training precision, with native routing. Its random
-    numbers are its own: a score changes nothing in training, and all scores have the same prompts."""
+    numbers are its own: scores do not disturb training, and all of them have the same prompts."""
     c, engine = model.config, InferenceEngine(model.config, model.config.train_precision)
     engine.load_weights(model, 0)
     prompts, samples = (Generator(device).manual_seed(2**40) for device in ("cpu", DEVICE))
     return sample(engine, c.eval_prompts, 1, prompts, samples)
 
-def draw(rows: list[dict], path: Path):
+PANELS = {"score": "score on held-out prompts", "mismatch_kl": "training-inference KL(μ_old‖π_old)",
+          "reward": "training reward", "entropy": "entropy of π_θ, nats",
+          "staleness_kl": "staleness KL(π_old‖π_θ)", "routing_agreement": "same experts: π_θ and μ"}
+
+def draw(rows: list[dict], first_score: float, path: Path):
     """The six curves of a run."""
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, (
-            ("score", "score on held-out prompts"), ("mismatch_kl", "training-inference KL(μ_old‖π_old)"),
-            ("reward", "training reward"), ("entropy", "entropy of π_θ, nats"),
-            ("staleness_kl", "staleness KL(π_old‖π_θ)"), ("routing_agreement", "same experts in π_θ and μ"))):
-        points = [(row["update"], row[name]) for row in rows if row[name] is not None]
-        axes.plot(*zip(*points), marker="o" if name == "score" else "", markersize=3)
-        axes.set(title=title, xlabel="update", yscale="log" if name.endswith("kl") else "linear")
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        points, kl = [(0, first_score)] if name == "score" else [], name.endswith("kl")
+        points += [(row["update"], row[name]) for row in rows  # a log axis has no place for 0
+                   if row[name] is not None and not (kl and row[name] == 0)]
+        axes.plot(*zip(*points), marker="." if name == "score" or kl else "")
+        axes.set(title=title, xlabel="update", yscale="log" if kl else "linear")
         axes.grid(alpha=0.3)
     axes.legend([f"layer {i}" for i in range(len(rows[0][name]))])
     write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
 def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
           advantage_fn: Callable = group_advantages):
-    """A run in runs/NAME, from its cold start or on from its checkpoint. loss_fn and advantage_fn
-    take the place of MiniRL's. FloatingPointError if the numbers blow up; KeyboardInterrupt after
-    Ctrl-C, which is obeyed when the rollout batch is done and everything is on disk."""
+    """A run in runs/NAME, new or on from its checkpoint. loss_fn and advantage_fn replace MiniRL's.
+    Ctrl-C is obeyed after the rollout batch, and raised when everything is on disk."""
     loss_fn = loss_fn or partial(minirl_loss, clip=c.clip, length_norm=c.length_norm,
                                  importance_sampling=c.importance_sampling)
-    folder, model, engine = Path("runs", c.name), cold_start(c), InferenceEngine(c, c.rollout_precision)
+    model, folder = cold_start(c), Path("runs", c.name)
+    engine = InferenceEngine(c, c.rollout_precision)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.0, fused=True)
-    prompts, samples = Generator().manual_seed(c.seed + 1), Generator(DEVICE).manual_seed(c.seed + 2)
+    prompts = Generator().manual_seed(c.seed + 1)
+    samples = Generator(DEVICE).manual_seed(c.seed + 2)
     update, rows, stop, before = 0, [], [], evaluate(model)
     after = before
     if resume:
@@ -625,62 +628,67 @@ def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
         optimizer.load_state_dict(state["optimizer"])
         prompts.set_state(state["prompts"])
         samples.set_state(state["samples"])
-    else:
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=resume)
 
     def save():
         state = {"config": asdict(c), "update": update, "rows": rows, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "prompts": prompts.get_state(),
                  "samples": samples.get_state()}
         write_aside(folder / "checkpoint.pt", lambda aside: torch.save(state, aside))
-        if rows:
-            draw(rows, folder / "curves.png")
 
-    write_aside(folder / "config.json", lambda aside: aside.write_text(json.dumps(asdict(c), indent=2)))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)  # without those that are done again now
-    write_aside(folder / "metrics.jsonl", lambda aside: aside.write_text(lines))
     save()
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
+    log = open(folder / "metrics.jsonl", "w", buffering=1)  # a line at a time
+    log.writelines(json.dumps(row) + "\n" for row in rows)  # what is done again now is left out
     print(f"{folder}: score {before.rewards.mean():.3f} before RL\n"
           "update  score  reward  entropy  KL(μ‖π)  staleness  agreement  clipped  seconds")
     bar = tqdm(total=c.updates, initial=update, disable=None, leave=False)
-    while update < c.updates and not stop:
-        began, n_prompts = time.perf_counter(), c.mini_batches * c.mini_batch // c.group_size
-        engine.load_weights(model, update)
-        rollout = sample(engine, n_prompts, c.group_size, prompts, samples)
-        batch = prepare_batch(model, rollout, update, advantage_fn)
-        shared = (time.perf_counter() - began) / c.mini_batches
-        for mini_batch in batch.split(c.mini_batch):
-            began, update = time.perf_counter(), update + 1
-            row = {"update": update, "score": None, **train_step(model, optimizer, mini_batch, loss_fn)}
-            row["seconds"] = shared + time.perf_counter() - began
-            row["tokens_per_second"] = int(mini_batch.lengths.sum()) / row["seconds"]
-            line = "{reward:7.3f} {entropy:8.3f} {mismatch_kl:8.1e} {staleness_kl:10.1e}".format(**row)
-            if update % c.eval_every == 0 or update == c.updates:
-                after = evaluate(model)
-                row["score"] = after.rewards.mean().item()
-                bar.write(f"{update:6} {row['score']:6.3f} {line} {min(row['routing_agreement']):10.3f} "
-                          f"{row['clip_fraction']:8.4f} {row['seconds']:8.2f}")
-            rows.append(row)
-            with open(folder / "metrics.jsonl", "a") as log:
+    default = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        while update < c.updates and not stop:
+            began, n_prompts = time.perf_counter(), c.mini_batches * c.mini_batch // c.group_size
+            engine.load_weights(model, update)
+            rollout = sample(engine, n_prompts, c.group_size, prompts, samples)
+            batch = prepare_batch(model, rollout, update, advantage_fn)
+            shared = (time.perf_counter() - began) / c.mini_batches
+            for part in batch.split(c.mini_batch):
+                began, update = time.perf_counter(), update + 1
+                metrics = train_step(model, optimizer, part, loss_fn)
+                row = {"update": update, "score": None, **metrics}
+                row["seconds"] = shared + time.perf_counter() - began
+                row["tokens_per_second"] = int(part.lengths.sum()) / row["seconds"]
+                live = "{reward:7.3f} {entropy:8.3f} {mismatch_kl:8.1e} {staleness_kl:10.1e}"
+                live, agreement = live.format(**row), min(row["routing_agreement"])
+                if update % c.eval_every == 0 or update == c.updates:
+                    after = evaluate(model)
+                    row["score"] = after.rewards.mean().item()
+                    bar.write(f"{update:6} {row['score']:6.3f} {live} {agreement:10.3f} "
+                              f"{row['clip_fraction']:8.4f} {row['seconds']:8.2f}")
+                rows.append(row)
                 log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(line)
-            bar.update()
-        if any(row["score"] is not None for row in rows[-c.mini_batches :]):
-            save()
-    bar.close()
-    save()
-    for i in range(3):
+                bar.set_postfix_str(live)
+                bar.update()
+            if any(row["score"] is not None for row in rows[-c.mini_batches :]):
+                save()
+    finally:
+        signal.signal(signal.SIGINT, default)
+        bar.close()
+        log.close()
+        if rows:
+            draw(rows, before.rewards.mean().item(), folder / "curves.png")
+    if stop:
+        save()
+    for i in range(min(3, c.eval_prompts)):
         for when, rollout in (("before", before), ("after", after)):
-            symbols = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
-            print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {symbols}")
+            text = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
+            print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {text}")
     if stop:
         raise KeyboardInterrupt
 
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
     """What a command line asks for: configuration, and whether to resume. ValueError if refused."""
     def refuse(message: str):
-        raise ValueError(message)
+        raise ValueError(f"{message}; --help lists the options")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--resume", metavar="NAME", help="continue runs/NAME from its checkpoint")
@@ -690,20 +698,20 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['text']} [{f.default}]")
     given = vars(parser.parse_args(argv))
-    if (resume := given.pop("resume")) is None:
+    if (name := given.pop("resume")) is None:
         config = Config(**given)
-        name = config.name or next(name for i in range(1, 10**6)
-                                   if not Path("runs", name := f"run-{i}").exists())
+        numbered = (f"run-{i}" for i in range(1, 10**6) if not Path(f"runs/run-{i}").exists())
+        name = config.name or next(numbered)
         if Path("runs", name).exists():
-            raise ValueError(f"--name {name}: runs/{name} exists; give a new name, or --resume {name}")
+            raise ValueError(f"--name {name}: runs/{name} exists; give another, or --resume {name}")
         return replace(config, name=name), False
-    path = Path("runs", Path(resume).name, "checkpoint.pt")
+    path = Path("runs", Path(name).name, "checkpoint.pt")
     if not path.exists():
-        raise ValueError(f"--resume {resume}: there is no {path}; start a run with --name")
+        raise ValueError(f"--resume {name}: there is no {path}; start a run with --name")
     saved = torch.load(path, map_location="cpu")["config"] | {"name": path.parent.name}
     for name, value in given.items():
         if name != "updates" and value != saved[name]:
-            raise ValueError(f"{flag(name)} {value}: {path} has {saved[name]}; leave the option out")
+            raise ValueError(f"{flag(name)} {value}: {path} has {saved[name]}; leave that out")
     return Config(**saved | given), True
 
 def main(argv: list[str] | None = None) -> int:
@@ -715,6 +723,9 @@ def main(argv: list[str] | None = None) -> int:
     run = f"runs/{config.name}"
     try:
         train(config, resume)
+    except FileExistsError:
+        print(f"nano_moe_rl.py: {run} was taken meanwhile; give another --name", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"stopped: {error}; the last good checkpoint is {run}/checkpoint.pt", file=sys.stderr)
         return 1

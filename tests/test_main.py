@@ -16,7 +16,7 @@ import nano_moe_rl as nano
 
 # So small that a run takes a second, yet right often enough for advantages, and so gradients, to exist.
 TINY = dict(width=32, heads=1, layers=2, experts=4, expert_width=8, max_digits=4, cold_start_steps=30,
-            updates=4, mini_batch=16, group_size=4, mini_batches=2, eval_every=2, eval_prompts=8, device="cpu")
+            updates=4, mini_batch=16, group_size=4, mini_batches=2, eval_every=2, eval_prompts=8)
 SCRIPT = str(Path(nano.__file__).resolve())
 METRICS = {"update", "reward", "score", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction",
            "effective_sample_size", "routing_agreement", "clip_fraction", "response_length", "grad_norm",
@@ -32,6 +32,14 @@ def own_sigint_handler():
     signal.signal(signal.SIGINT, handler)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """A picture takes a second and decides nothing: here only the runs in a process of their own draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nano, "draw", lambda rows, first_score, path: None)
+        yield
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -39,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, no_pictures):
     """A directory with one finished run, runs/done."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
@@ -99,30 +107,28 @@ REFUSALS = [
     ("--lr nan", "--lr", "give .*above 0"),
     ("--lr inf", "--lr", "give .*above 0"),
     ("--lr 0", "--lr", "give .*above 0"),
-    ("--group-size 3", "--group-size", "give .*--mini-batch 16"),
-    ("--micro-batch 5", "--micro-batch", "give .*--mini-batch 16"),
-    ("--micro-batch 32", "--micro-batch", "give .*--mini-batch 16"),
+    ("--group-size 3", "--group-size", "give .*16"),
+    ("--micro-batch 5", "--micro-batch", "give .*16"),
+    ("--micro-batch 32", "--micro-batch", "give .*16"),
     ("--top-k 5", "--top-k", "give .*--experts 4"),
     ("--width 64 --heads 3", "--heads", "give .*--width 64"),
-    ("--width 128 --heads 1", "--heads", "give .*32 or 64"),
-    ("--width 32 --heads 2", "--heads", "give .*32 or 64"),
+    ("--width 128 --heads 1", "--heads", r"give .*32 or .*64"),
+    ("--width 32 --heads 2", "--heads", r"give .*32 or .*64"),
     ("--width 48", "--width", "give .*32"),
     ("--width 96 --heads 3 --kv-heads 2", "--kv-heads", "give .*--heads 3"),
     ("--expert-width 12", "--expert-width", "give .*8"),
-    ("--min-digits 5", "--max-digits", "give .*--min-digits 5"),
+    ("--min-digits 5", "--max-digits", "give .*5"),
     ("--max-digits 11 --max-response 99", "--max-digits", "give .*10"),
-    ("--max-response 10", "--max-response", "give 11 or more"),  # 4 digits of 2 tokens, and ": 8 $"
-    ("--teacher restating --max-response 14", "--max-response", "give 15 or more"),
-    ("--name a/b", "--name", "give a name without folders"),
-    ("--name ../b", "--name", "give a name without folders"),
-    ("--name done", "--name", "give a new name, or --resume done"),
+    ("--max-response 0", "--max-response", "give "),
+    ("--max-response 5", "--max-response", "give "),  # demonstrations for 4 digits have 11 tokens
+    ("--name a/b", "--name", "give .*without folders"),
+    ("--name ../b", "--name", "give .*without folders"),
+    ("--name done", "--name", "give .*--resume done"),
     ("--resume nobody", "--resume", "start a run"),
-    ("--resume done --lr 0.25", "--lr", "leave it out"),
-    ("--resume done --no-clip", "--clip", "leave it out"),
+    ("--resume done --lr 0.25", "--lr", "leave .*out"),
+    ("--resume done --no-clip", "--clip", "leave .*out"),
     ("--resume done --updates 0", "--updates", "give 1 or more"),
 ]
-if not torch.cuda.is_available():
-    REFUSALS.append(("--device cuda", "--device", "give cpu"))
 
 
 @pytest.mark.parametrize("line, at_fault, remedy", REFUSALS, ids=[row[0] for row in REFUSALS])
@@ -140,7 +146,7 @@ def test_refused_in_one_line_that_leaves_no_trace(finished, monkeypatch, capsys,
 
 def test_a_run_leaves_four_files_and_narrow_output(folder):
     options = arguments(eval_every=3)  # 4 updates: the last score is not on the grid
-    run = subprocess.run([sys.executable, SCRIPT, *options], cwd=folder, capture_output=True, text=True, timeout=80)
+    run = subprocess.run([sys.executable, SCRIPT, *options], cwd=folder, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
     assert run.stdout and max(map(len, run.stdout.splitlines())) <= 120
     assert {path.name for path in Path("runs").iterdir()} == {"cold_start", "run-1"}
@@ -198,7 +204,6 @@ def test_rows_beyond_the_checkpoint_are_cut_back(folder):
     rows = metrics("a")
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[:4] == kept and min(row["reward"] for row in rows) >= 0
-    assert {path.name for path in Path("runs/a").iterdir()} == RUN_FILES
 
 
 def test_the_same_seed_repeats_and_another_differs(tmp_path, monkeypatch):
@@ -228,11 +233,14 @@ def nan_from(first):
 
 
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(folder):
-    assert nano.main(arguments(name="good", updates=2)) == 0
+    assert nano.main(arguments(name="good", updates=6, eval_every=3)) == 0
+    # Saves are after updates 4, 6 and 10. No score stands between update 10 and its save, so that only
+    # train_step itself can keep NaN weights from the disk.
+    c = nano.Config(**TINY | {"name": "bad", "updates": 12, "eval_every": 3})
     with pytest.raises(FloatingPointError):
-        nano.train(nano.Config(**TINY, name="bad"), loss_fn=nan_from(4))  # saves are after updates 2 and 4
+        nano.train(c, loss_fn=nan_from(10))
     good, bad = checkpoint("good"), checkpoint("bad")
-    assert bad["update"] == 2 and untimed(bad["rows"]) == untimed(good["rows"])
+    assert bad["update"] == 6 and untimed(bad["rows"]) == untimed(good["rows"])
     for part in ("model", "optimizer", "prompts", "samples"):
         assert_identical(bad[part], good[part])
     for path, leaf in leaves([bad["model"], bad["optimizer"]]).items():
@@ -256,12 +264,12 @@ def test_ctrl_c_saves_the_batch_and_the_run_resumes(folder):
     run = subprocess.Popen([sys.executable, SCRIPT, *argv], cwd=folder,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (log.exists() and log.read_text().count("\n") >= 3):
             assert run.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=30)
+        _, err = run.communicate(timeout=60)
     finally:
         run.kill()
         run.wait()
@@ -321,3 +329,13 @@ def test_the_last_score_is_that_of_the_checkpoint(finished, monkeypatch):
     model = nano.Model(nano.Config(**state["config"]))
     model.load_state_dict(state["model"])
     assert nano.evaluate(model).rewards.mean().item() == metrics("done")[-1]["score"]
+
+
+def test_the_reward_rises(folder):
+    """The default model. Seeds 0, 1, 3, 4 rise by 0.36 to 0.52, so 0.15 leaves room. Seed 2 does not rise:
+    its cold start, shortened here, has not found the task yet (score 0.09) and leaves RL no signal."""
+    c = nano.Config(cold_start_steps=450, mini_batch=128, updates=24, eval_every=24, eval_prompts=256, name="a")
+    before = nano.evaluate(nano.cold_start(c)).rewards.mean().item()
+    assert before > 0.2
+    nano.train(c)
+    assert metrics("a")[-1]["score"] > before + 0.15

@@ -128,18 +128,18 @@ def test_the_router_is_never_quantised(config, model):
         assert engine.version == 7
         for i, layer in enumerate(model.layers):
             router = layer["mlp"]["gate"].weight.detach()
-            assert torch.equal(engine.layers[i]["mlp.gate.weight"], router.bfloat16().float())
+            assert torch.equal(engine.model.layers[i]["mlp"]["gate"].weight, router.bfloat16().float())
 
 
 def test_the_engine_keeps_its_weights_when_the_model_moves_on(config, model):
     for precision in ("fp32", "bf16", "fp8", "int4"):
         engine = nano.InferenceEngine(config, precision)
         engine.load_weights(model, 0)
-        before = {name: weight.clone() for name, weight in engine.weights.items()}
+        before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)
-        assert all(torch.equal(before[name], weight) for name, weight in engine.weights.items())
+        assert all(torch.equal(before[name], weight) for name, weight in engine.model.state_dict().items())
 
 
 def test_weights_without_a_distribution_are_an_error(config, model):

@@ -1,11 +1,11 @@
 """How long one update takes: a rollout, training on it, and weight synchronisation.
 
-    python tests/benchmarks/speed.py                  # fp32, bf16, and fp8 rollouts with fp32 training
-    python tests/benchmarks/speed.py --trl            # and TRL's GRPOTrainer, in turn with ours
-    python tests/benchmarks/speed.py --trl PYTHON     # with an interpreter that has PACKAGES, see below
+    python tests/benchmarks/speed.py                 # fp32, bf16, fp8 rollouts with fp32 training
+    python tests/benchmarks/speed.py --trl           # and TRL's GRPOTrainer, in turn with ours
+    python tests/benchmarks/speed.py --trl PYTHON    # with an interpreter that has PACKAGES
 
-256 responses an update, 16 each to 16 prompts: 9 tokens of prompt, 11 of response, on-policy. Without
-PYTHON, --trl installs TRL into .venv-trl/ first. Prints times, and asserts nothing about them.
+256 responses an update, 16 each to 16 prompts: 9 tokens of prompt, 11 of response, on-policy.
+Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is asserted.
 """
 import argparse, json, platform, subprocess, sys, time, venv  # noqa: E401
 from collections import defaultdict
@@ -17,71 +17,72 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from nano_moe_rl import (VOCABULARY, Config, InferenceEngine, Model, make_prompts,  # noqa: E402
-                         prepare_batch, train_step)
+from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,  # noqa: E402
+                         make_prompts, prepare_batch, train_step)
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 PROMPTS, GROUP, DIGITS, RESPONSE = 16, 16, 8, 11  # trl_step.py has the same shape
 SEQUENCES, TOKENS = PROMPTS * GROUP, DIGITS + 1 + RESPONSE
-ROUNDS, UPDATES, WARM_UP = 5, 10, 2
+ROUNDS, UPDATES, WARM_UP = 5, 10, 2  # trl_step.py leaves out the same two updates
 SETTINGS = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "fp8 rollouts": ("fp32", "fp8")}
 
 def benchmark_config(train: str = "fp32", rollout: str = "fp32") -> Config:
     c = Config(width=128, layers=4, heads=4, kv_heads=2, experts=16, top_k=2, expert_width=64,
-               min_digits=DIGITS, max_digits=DIGITS, max_response=64, mini_batch=SEQUENCES, mini_batches=1,
-               group_size=GROUP, train_precision=train, rollout_precision=rollout)
-    # Config refuses responses too short to solve the task. Nothing is solved here, and each response
-    # has to end at the same token, so the limit is lowered behind its back.
+               min_digits=DIGITS, max_digits=DIGITS, max_response=64, mini_batch=SEQUENCES,
+               mini_batches=1, group_size=GROUP, train_precision=train, rollout_precision=rollout)
+    # Config refuses responses too short to solve the task. Nothing is solved here, and TRL's have
+    # this length, so the limit is lowered behind its back.
     object.__setattr__(c, "max_response", RESPONSE)
     return c
 
 def update_gflop(c: Config) -> float:
-    """Arithmetic of one update, as if every token of every sequence were fed once in the rollout and once
-    in training. Engines save some of it: a prompt's group shares its prefill, the last token is not fed."""
-    attention = c.width * (c.heads + 2 * c.kv_heads) * c.head_dim + c.width * c.width  # q, k, v; o
-    moe = c.width * c.experts + c.top_k * 3 * c.width * c.expert_width  # router; gate, up and down
-    scores = 2 * c.width * (TOKENS + 1) / 2  # a token sees half of the sequence on average
+    """Arithmetic of one update, as if every token of every sequence were fed once in the rollout
+    and once in training. In fact a group shares its prefill, and the last token is not fed."""
+    attention = c.width * c.head_dim * (c.heads + 2 * c.kv_heads + c.heads)  # q, k and v, o
+    moe = c.width * c.experts + c.top_k * 3 * c.width * c.expert_width  # router; gate, up, down
+    scores = 2 * c.width * (TOKENS + 1) / 2  # a token sees half of its sequence on average
     multiplications = c.layers * (attention + moe + scores) + c.width * len(VOCABULARY)
     forwards = 1 + 3  # rollout; training, where the backward pass costs two forward passes
     return 2 * multiplications * SEQUENCES * TOKENS * forwards / 1e9
 
-def clock(device: str) -> float:
-    if device == "cuda":
+def clock() -> float:
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
-def matrix_rate(device: str) -> float:
+def matrix_rate() -> float:
     """GFLOP/s of an fp32 product as large as one projection of a whole batch, at its best."""
-    x, w = torch.randn(SEQUENCES * TOKENS, 128, device=device), torch.randn(128, 128, device=device)
+    x, w = torch.randn(SEQUENCES * TOKENS, 128, device=DEVICE), torch.randn(128, 128, device=DEVICE)
     best = float("inf")
     for _ in range(500):
-        began = clock(device)
+        began = clock()
         x @ w
-        best = min(best, clock(device) - began)
+        best = min(best, clock() - began)
     return 2 * x.numel() * 128 / best / 1e9
 
 def our_updates(train: str, rollout: str) -> list[list[float]]:
     """Seconds of rollout, training and synchronisation, for each update after the warm-up."""
     c, times = benchmark_config(train, rollout), []
-    model, engine, device = Model(c), InferenceEngine(c, rollout), c.torch_device
+    model, engine = Model(c), InferenceEngine(c, rollout)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    prompts, samples = torch.Generator().manual_seed(1), torch.Generator(device).manual_seed(2)
+    prompts, samples = torch.Generator().manual_seed(1), torch.Generator(DEVICE).manual_seed(2)
     engine.load_weights(model, 0)
     for update in range(WARM_UP + UPDATES):
-        marks = [clock(device)]
-        batch = engine.generate(*make_prompts(PROMPTS, c, prompts), GROUP, samples, eos=-1)  # none ends early
-        marks.append(clock(device))
+        marks = [clock()]
+        batch = engine.generate(*make_prompts(PROMPTS, c, prompts), GROUP, samples,
+                                eos=-1)  # which no token is: every response has its full length
+        marks.append(clock())
         batch.rewards = (batch.tokens[:, -1] < 5).float()
         train_step(model, optimizer, prepare_batch(model, batch, update))
-        marks.append(clock(device))
+        marks.append(clock())
         engine.load_weights(model, update + 1)
-        marks.append(clock(device))
+        marks.append(clock())
         assert batch.tokens.shape == (SEQUENCES, TOKENS) and (batch.lengths == TOKENS).all()
         times.append([end - start for start, end in zip(marks, marks[1:])])
     return times[WARM_UP:]
 
 def trl_python(python: str) -> str:
-    """The interpreter given, or one in .venv-trl/: what TRL needs stays out of this environment."""
+    """The interpreter given, or one in .venv-trl/: TRL's packages stay out of this environment."""
     folder = ROOT / ".venv-trl"
     if not python:
         python = str(folder / "bin" / "python")
@@ -92,38 +93,40 @@ def trl_python(python: str) -> str:
 
 def trl_updates(python: str, precision: str) -> list[float]:
     """Seconds of each of TRL's updates after its warm-up, from a process of its own."""
-    command = [python, Path(__file__).with_name("trl_step.py"), precision, str(WARM_UP + UPDATES)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script, steps = Path(__file__).with_name("trl_step.py"), str(WARM_UP + UPDATES)
+    done = subprocess.run([python, script, precision, steps], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{done.stderr}\n{python} could not run trl_step.py")
+        sys.exit(f"{done.stderr}\n{python} could not run {script}")
     return json.loads(done.stdout.splitlines()[-1])
 
-def measure(python: str | None) -> tuple[dict, dict]:
-    """Seconds of our updates and of TRL's by setting, in turns: a busy machine then slows down both."""
-    ours, trl = defaultdict(list), defaultdict(list)
+def measure(python: str | None) -> tuple[dict, dict, float]:
+    """Seconds of our updates and of TRL's by setting, and the matrix rate. They take turns: a while
+    of other work on the machine then slows down both sides, and does not hide the best rate."""
+    ours, trl, rate = defaultdict(list), defaultdict(list), 0.0
     with tqdm(total=ROUNDS * len(SETTINGS), disable=None, leave=False) as bar:
         for name, precisions in list(SETTINGS.items()) * ROUNDS:
             bar.set_description(name)
+            rate = max(rate, matrix_rate())
             if python and name in ("fp32", "bf16"):  # the precisions of trl_step.py
                 trl[name] += trl_updates(python, name)
             ours[name] += our_updates(*precisions)
             bar.update()
-    return ours, trl
+    return ours, trl, rate
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trl", nargs="?", const="", metavar="PYTHON", help="compare with TRL")
-    trl = parser.parse_args().trl
-    python, c = None if trl is None else trl_python(trl), benchmark_config()
-    device, gflop, capability = c.torch_device, update_gflop(c), torch.backends.cpu.get_cpu_capability()
-    card = torch.cuda.get_device_name() + ", " if device == "cuda" else ""
-    print(f"{card}{platform.machine()} CPU with {capability}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
-    rate, parameters = matrix_rate(device), sum(p.numel() for p in Model(c).parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update; fp32 matrix rate {rate:.0f} GFLOP/s")
-    ours, theirs = measure(python)
+    trl, c = parser.parse_args().trl, benchmark_config()
+    python = None if trl is None else trl_python(trl)
+    card = torch.cuda.get_device_name() + ", " if DEVICE == "cuda" else ""
+    print(f"{card}{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    parameters = sum(p.numel() for p in Model(c).parameters())
+    gflop = update_gflop(c)
+    print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")
+    ours, theirs, rate = measure(python)
 
-    print(f"\nms, medians of {ROUNDS * UPDATES} updates\n"
+    print(f"\nms, medians of {ROUNDS * UPDATES} updates; matrix rate {rate:.0f} GFLOP/s in fp32\n"
           "precision     rollout    train     sync      sum   tokens/s  of matrix rate")
     totals = {}
     for name, times in ours.items():
@@ -134,8 +137,8 @@ def main():
     if theirs:
         print("\nprecision         TRL     ours  TRL / ours")
     for name, times in theirs.items():
-        total = median(times)
-        print(f"{name:12} {1e3 * total:8.1f} {1e3 * totals[name]:8.1f} {total / totals[name]:11.2f}")
+        total, our_total = median(times), totals[name]
+        print(f"{name:12} {1e3 * total:8.1f} {1e3 * our_total:8.1f} {total / our_total:11.2f}")
 
 if __name__ == "__main__":
     main()

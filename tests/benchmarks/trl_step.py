@@ -22,6 +22,8 @@ class StepTimes(TrainerCallback):
         self.seconds, self.last = [], time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self.last)
         self.last = now
@@ -51,7 +53,7 @@ def main(precision: str, steps: int):
         args = GRPOConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
             num_generations=GROUP, max_completion_length=RESPONSE_TOKENS, beta=0.0, learning_rate=1e-3,
-            use_cpu=True, bf16=precision == "bf16", gradient_checkpointing=False, report_to=[],
+            use_cpu=not torch.cuda.is_available(), bf16=precision == "bf16", gradient_checkpointing=False, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, max_grad_norm=1.0,
             generation_kwargs={"min_new_tokens": RESPONSE_TOKENS})
         GRPOTrainer(model, reward, args, train_dataset=data, processing_class=tokenizer,
