@@ -94,7 +94,7 @@ class Config:
             ("updates", c.updates % c.mini_batches, f"a multiple of {c.mini_batches}"),
             ("group_size", c.mini_batch % c.group_size, f"a divisor of {c.mini_batch}"),
             ("micro_batch", c.mini_batch % c.per_pass, f"a divisor of {c.mini_batch}"),
-            ("name", "/" in c.name or c.name in ("..", ".", "cold_start"), "another name, without folders"),
+            ("name", "/" in c.name or c.name in ("..", ".", "cold_start"), "one without folders"),
         ):
             if refused:
                 raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
