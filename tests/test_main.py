@@ -24,19 +24,11 @@ METRICS = {"update", "reward", "score", "entropy", "mismatch_kl", "staleness_kl"
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png"}
 
 
-@pytest.fixture(autouse=True)
-def own_sigint_handler():
-    """train installs a handler for Ctrl-C and leaves it there; pytest needs its own back."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_pictures():
     """A picture takes a second and decides nothing: here only the runs in a process of their own draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nano, "draw", lambda rows, first_score, path: None)
+        patch.setattr(nano, "draw", lambda rows, path: None)
         yield
 
 
@@ -113,9 +105,9 @@ REFUSALS = [
     ("--updates 1.5", "--updates", "int"),
     ("--updates 0", "--updates", "give 1 or more"),
     ("--micro-batch -1", "--micro-batch", "give 0 or more"),
-    ("--lr nan", "--lr", "give .*above 0"),
-    ("--lr inf", "--lr", "give .*above 0"),
-    ("--lr 0", "--lr", "give .*above 0"),
+    ("--lr nan", "--lr", "give 1e-09 or more"),
+    ("--lr inf", "--lr", "give 1e-09 or more"),
+    ("--lr 0", "--lr", "give 1e-09 or more"),
     ("--group-size 3", "--group-size", "give .*16"),
     ("--micro-batch 5", "--micro-batch", "give .*16"),
     ("--micro-batch 32", "--micro-batch", "give .*16"),
@@ -130,12 +122,12 @@ REFUSALS = [
     ("--max-digits 11 --max-response 99", "--max-digits", "give .*10"),
     ("--max-response 0", "--max-response", "give "),
     ("--max-response 5", "--max-response", "give "),  # demonstrations for 4 digits have 11 tokens
-    ("--name a/b", "--name", "give .*without folders"),
-    ("--name ../b", "--name", "give .*without folders"),
+    ("--name a/b", "--name", "give one without /"),
+    ("--name ..", "--name", "give one without /"),
     ("--name done", "--name", "give .*--resume done"),
     ("--resume nobody", "--resume", "start a run"),
-    ("--resume done --lr 0.25", "--lr", "leave .*out"),
-    ("--resume done --no-clip", "--clip", "leave .*out"),
+    ("--resume done --lr 0.25", "--resume", "only --updates can change"),
+    ("--resume done --no-clip", "--resume", "only --updates can change"),
     ("--resume done --updates 0", "--updates", "give 1 or more"),
 ]
 
@@ -167,7 +159,8 @@ def test_a_run_leaves_four_files_and_narrow_output(folder):
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert row.keys() == METRICS
-        assert isinstance(row["score"], float) if row["update"] in (3, 4) else row["score"] is None
+        # a score for each multiple of 3, when its rollout batch of 2 updates ends
+        assert isinstance(row["score"], float) if row["update"] == 4 else row["score"] is None
         assert row["reward"] * 16 % 1 == 0 and (row["score"] or 0) * 8 % 1 == 0  # means of zeros and ones
         agreement = row["routing_agreement"]
         assert len(agreement) == 2 and all(0 <= share <= 1 for share in agreement)
@@ -197,7 +190,7 @@ def test_resume_equals_no_interruption(tmp_path, monkeypatch, rewarded):
     assert parts_rows == parts["rows"]
     for state in (whole, parts):
         state["rows"] = untimed(state["rows"])
-    assert {"model", "optimizer", "prompts", "samples", "update", "config"} <= whole.keys()
+    assert {"model", "optimizer", "rows", "config"} == whole.keys()
     assert_identical(whole, parts)
     assert json.loads(Path("runs/a/config.json").read_text())["updates"] == 8
 
@@ -243,14 +236,13 @@ def nan_from(first):
 
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(folder):
     assert nano.main(arguments(name="good", updates=6, eval_every=3)) == 0
-    # Saves are after updates 4, 6 and 10. No score stands between update 10 and its save, so that only
-    # train_step itself can keep NaN weights from the disk.
+    # The NaN comes in the second of two mini-batches: nothing of this batch may reach the disk.
     c = nano.Config(**TINY | {"name": "bad", "updates": 12, "eval_every": 3})
     with pytest.raises(FloatingPointError):
-        nano.train(c, loss_fn=nan_from(10))
+        nano.train(c, loss_fn=nan_from(8))
     good, bad = checkpoint("good"), checkpoint("bad")
-    assert bad["update"] == 6 and untimed(bad["rows"]) == untimed(good["rows"])
-    for part in ("model", "optimizer", "prompts", "samples"):
+    assert len(bad["rows"]) == 6 and untimed(bad["rows"]) == untimed(good["rows"])
+    for part in ("model", "optimizer"):
         assert_identical(bad[part], good[part])
     for path, leaf in leaves([bad["model"], bad["optimizer"]]).items():
         assert torch.as_tensor(leaf if leaf is not None else 0).isfinite().all(), path
@@ -262,14 +254,14 @@ def test_a_nan_loss_ends_main_with_the_path_of_the_checkpoint(folder, monkeypatc
         assert nano.main(arguments(name="bad")) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "runs/bad/checkpoint.pt" in err
-    assert checkpoint("bad")["update"] == 2
+    assert len(checkpoint("bad")["rows"]) == 2
     assert nano.main(["--resume", "bad"]) == 0  # with the loss repaired
     assert [row["update"] for row in metrics("bad")] == [1, 2, 3, 4]
 
 
-def test_ctrl_c_saves_the_batch_and_the_run_resumes(folder):
+def test_ctrl_c_leaves_a_checkpoint_a_picture_and_no_traceback(folder):
     log = Path("runs/a/metrics.jsonl")
-    argv = arguments(name="a", updates=100_000, eval_every=100_000)  # no save of its own before the end
+    argv = arguments(name="a", updates=100_000, eval_every=100_000)
     run = subprocess.Popen([sys.executable, SCRIPT, *argv], cwd=folder,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -284,8 +276,8 @@ def test_ctrl_c_saves_the_batch_and_the_run_resumes(folder):
         run.wait()
     assert run.returncode == 130
     assert "--resume a" in err and "Traceback" not in err
-    update = checkpoint("a")["update"]
-    assert update >= 3 and update % TINY["mini_batches"] == 0  # the batch was finished
+    update = len(checkpoint("a")["rows"])
+    assert update >= 3 and update % TINY["mini_batches"] == 0  # whole rollout batches
     assert [row["update"] for row in metrics("a")] == list(range(1, update + 1))
     assert {path.name for path in Path("runs/a").iterdir()} == RUN_FILES
     assert nano.main(["--resume", "a", "--updates", str(update + 2)]) == 0
@@ -341,9 +333,8 @@ def test_the_last_score_is_that_of_the_checkpoint(finished, monkeypatch):
 
 
 def test_the_reward_rises(folder):
-    """The default model. Seeds 0, 1, 3, 4 rise by 0.36 to 0.52, so 0.15 leaves room. Seed 2 does not rise:
-    its cold start, shortened here, has not found the task yet (score 0.09) and leaves RL no signal."""
-    c = nano.Config(cold_start_steps=450, mini_batch=128, updates=24, eval_every=24, eval_prompts=256, name="a")
+    """The default model. Seeds 0, 1 and 2 rise by 0.29, 0.39 and 0.46, so 0.15 leaves room."""
+    c = nano.Config(mini_batch=128, updates=32, eval_every=32, eval_prompts=256, lr=5e-4, name="a")
     before = nano.evaluate(nano.cold_start(c)).rewards.mean().item()
     assert before > 0.2
     nano.train(c)
