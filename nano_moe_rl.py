@@ -557,18 +557,39 @@ def draw(rows: list[dict], path: Path):
     axes.legend([f"layer {i}" for i in range(len(points[0][1]))])
     write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
 
-def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
-          advantage_fn: Callable = group_advantages):
-    """A run in runs/NAME, new or on from its checkpoint. loss_fn and advantage_fn replace MiniRL's.
-    Checkpoint and metrics are written after every rollout batch, the picture at whatever end."""
+def learn(model: Model, optimizer: torch.optim.Optimizer, rows: list[dict],
+          loss_fn: Callable | None = None, advantage_fn: Callable = group_advantages):
+    """RL from len(rows) updates on, a rollout batch at a time: appends a row of metrics for each
+    update and yields after each batch. loss_fn and advantage_fn replace MiniRL's."""
+    c, engine = model.config, InferenceEngine(model.config, model.config.rollout_precision)
     loss_fn = loss_fn or partial(minirl_loss, clip=c.clip, length_norm=c.length_norm,
                                  importance_sampling=c.importance_sampling)
+    n_prompts = c.mini_batches * c.mini_batch // c.group_size
+    while len(rows) < c.updates:
+        began, version = time.perf_counter(), len(rows)
+        engine.load_weights(model, version)
+        rollout = sample(engine, n_prompts, c.group_size, seed=c.seed * 10**9 + version)
+        batch = prepare_batch(model, rollout, version, advantage_fn)
+        for part in batch.split(c.mini_batch):
+            metrics = train_step(model, optimizer, part, loss_fn)
+            rows.append({"update": len(rows) + 1, "score": None} | metrics)
+        seconds = time.perf_counter() - began
+        for row in rows[version:]:
+            row["seconds"] = seconds / c.mini_batches
+            row["tokens_per_second"] = int(batch.lengths.sum()) / seconds
+        if len(rows) % c.eval_every < c.mini_batches or len(rows) == c.updates:
+            row["score"] = evaluate(model).rewards.mean().item()
+        yield row
+
+def train(c: Config, resume: bool = False, **functions: Callable):
+    """A run in runs/NAME, new or on from its checkpoint; functions go to learn. Checkpoint and
+    metrics are written after every rollout batch, the picture at whatever end."""
     folder, rows = Path("runs", c.name), []
     folder.mkdir(parents=True, exist_ok=resume)
     (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
-    model, engine = cold_start(c), InferenceEngine(c, c.rollout_precision)
+    model = cold_start(c)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.0, fused=True)
-    before = after = evaluate(model)
+    before = evaluate(model)
     first = {"update": 0, "score": before.rewards.mean().item()}
     if resume:
         state = torch.load(folder / "checkpoint.pt", map_location="cpu")
@@ -590,29 +611,17 @@ def train(c: Config, resume: bool = False, loss_fn: Callable | None = None,
              "{staleness_kl:10.1e} {clip_fraction:8.4f} {seconds:8.2f}")
     bar = tqdm(total=c.updates, initial=len(rows), disable=None, leave=False)
     try:
-        while len(rows) < c.updates:
-            began, n_prompts = time.perf_counter(), c.mini_batches * c.mini_batch // c.group_size
-            engine.load_weights(model, version=len(rows))
-            rollout = sample(engine, n_prompts, c.group_size, seed=c.seed * 10**9 + len(rows))
-            batch = prepare_batch(model, rollout, len(rows), advantage_fn)
-            for part in batch.split(c.mini_batch):
-                metrics = train_step(model, optimizer, part, loss_fn)
-                rows.append({"update": len(rows) + 1, "score": None} | metrics)
-                bar.update()
-            seconds, new = time.perf_counter() - began, rows[-c.mini_batches :]
-            for row in new:
-                row["seconds"] = seconds / len(new)
-                row["tokens_per_second"] = int(batch.lengths.sum()) / seconds
-            if len(rows) % c.eval_every < len(new) or len(rows) == c.updates:
-                after = evaluate(model)
-                row["score"] = after.rewards.mean().item()
+        for row in learn(model, optimizer, rows, **functions):
+            save()
+            if row["score"] is not None:
                 bar.write(table.format(**row))
             bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}".format(**row))
-            save()
+            bar.update(c.mini_batches)
     finally:
         bar.close()
         if rows:
             draw([first] + rows, folder / "curves.png")
+    after = evaluate(model)
     for i in range(min(3, c.eval_prompts)):
         for when, rollout in (("before", before), ("after", after)):
             text = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
