@@ -66,6 +66,7 @@ class Config:
     group_size: int = option(8, "G, responses to one prompt")
     micro_batch: int = option(0, "responses a forward pass; 0: the whole mini-batch", low=0)
     lr: float = option(3e-4, "learning rate of RL", low=1e-9)
+    warmup: int = option(20, "updates in which it rises to that")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
     importance_sampling: str = option("token", "in the loss", "token", "sequence", "none")
@@ -462,6 +463,9 @@ def prepare_batch(model: Model, rollout: Rollout, version: int,
             batch.replay = torch.cat([routing for _, _, routing in old])  # π_θ uses those of π_old
     return batch
 
+def adamw(model: Model, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay, fused=True)
+
 def descend(model: Model, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """Follows the gradient -> its norm. FloatingPointError, weights kept, if it is not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -512,7 +516,7 @@ def cold_start(c: Config) -> Model:
     if path.exists():
         model.load_state_dict(torch.load(path, map_location=DEVICE))
         return model
-    optimizer = torch.optim.AdamW(model.parameters(), 0, (0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = adamw(model, 4e-3, weight_decay=0.1)
     for step in tqdm(range(c.cold_start_steps), "cold start", disable=None, leave=False):
         rise_and_fall = min(1, (step + 1) / 20, 2.5 * (1 - step / c.cold_start_steps))
         optimizer.param_groups[0]["lr"] = 4e-3 * rise_and_fall
@@ -571,6 +575,7 @@ def learn(model: Model, optimizer: torch.optim.Optimizer, rows: list[dict],
         rollout = sample(engine, n_prompts, c.group_size, seed=c.seed * 10**9 + version)
         batch = prepare_batch(model, rollout, version, advantage_fn)
         for part in batch.split(c.mini_batch):
+            optimizer.param_groups[0]["lr"] = c.lr * min(1, (len(rows) + 1) / c.warmup)
             metrics = train_step(model, optimizer, part, loss_fn)
             rows.append({"update": len(rows) + 1, "score": None} | metrics)
         seconds = time.perf_counter() - began
@@ -588,7 +593,7 @@ def train(c: Config, resume: bool = False, **functions: Callable):
     folder.mkdir(parents=True, exist_ok=resume)
     (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
     model = cold_start(c)
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.0, fused=True)
+    optimizer = adamw(model, c.lr)
     before = evaluate(model)
     first = {"update": 0, "score": before.rewards.mean().item()}
     if resume:

@@ -1,12 +1,8 @@
-"""The first-order claim, on a policy small enough to enumerate every response.
-
-J_seq(θ)   = E_μ[ Π_t π_θ/μ · R ]        the true objective
-J_token(θ) = E_μ[ Σ_t π_θ/μ · R ]        the surrogate, whose gradient minirl_loss computes
-J_seq and J_token + E_μ[(1 - |y|) R] differ in the second order of the policies' distance, their
-gradients in the first (arXiv 2512.01374, section 2).
-"""
+"""The first-order claim and what replay does to the policy, with every response enumerated."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,62 +10,26 @@ import torch
 
 import nano_moe_rl as nano
 
-VOCABULARY, LENGTH, STOP = 4, 3, 0  # token 0 ends a response early
+sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
+
+import toy  # noqa: E402
 
 
-def all_responses():
-    """Every response: those that end by STOP, and those cut off at LENGTH."""
-    for length in range(1, LENGTH + 1):
-        for y in itertools.product(range(VOCABULARY), repeat=length):
-            if STOP not in y[:-1] and (y[-1] == STOP or length == LENGTH):
-                yield y
-
-
-RESPONSES = list(all_responses())
-PREFIXES = sorted({y[:t] for y in RESPONSES for t in range(len(y))})
-REWARDS = torch.randn(len(RESPONSES), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def response_logprobs(theta):
-    """theta (prefixes, V) -> log π of every token of every response (responses, LENGTH), mask likewise."""
-    logprobs = theta.log_softmax(-1)
-    table = [[logprobs[PREFIXES.index(y[:t]), y[t]] if t < len(y) else logprobs.new_zeros(()) for t in range(LENGTH)]
-             for y in RESPONSES]
-    mask = torch.tensor([[t < len(y) for t in range(LENGTH)] for y in RESPONSES])
-    return torch.stack([torch.stack(row) for row in table]), mask
-
-
-def gaps(distance):
-    """Objective and gradient of J_seq against those of the surrogate, at a distance of the policies."""
-    generator = torch.Generator().manual_seed(1)
-    mu = torch.randn(len(PREFIXES), VOCABULARY, dtype=torch.float64, generator=generator)
-    direction = torch.randn(mu.shape, dtype=torch.float64, generator=generator)
-    theta = (mu + distance * direction).requires_grad_()
-    rollout_logprobs, mask = response_logprobs(mu)
-    logprobs, _ = response_logprobs(theta)
-    probability = rollout_logprobs.sum(1).exp()
-    assert probability.sum().item() == pytest.approx(1)
-
-    ratio = (logprobs - rollout_logprobs).exp() * mask
-    j_seq = (probability * REWARDS * (logprobs - rollout_logprobs).sum(1).exp()).sum()
-    j_token = (probability * REWARDS * (ratio.sum(1) + 1 - mask.sum(1))).sum()
-    gradient, = torch.autograd.grad(j_seq, theta, retain_graph=True)
-
-    # an expectation over μ: the advantage of a response times its probability, and one "sequence"
-    loss, _ = nano.minirl_loss(logprobs, rollout_logprobs, rollout_logprobs, probability * REWARDS, mask,
-                               n_sequences=1, n_tokens=1, clip=False)
-    surrogate, = torch.autograd.grad(-loss, theta)
-    return (j_seq - j_token).abs().item(), (gradient - surrogate).norm().item(), gradient.norm().item()
+def test_the_responses_are_all_there_are():
+    theta = torch.randn(len(toy.PREFIXES), toy.VOCABULARY, dtype=torch.float64)
+    logprobs, mask = toy.response_logprobs(theta)
+    assert logprobs.sum(1).exp().sum().item() == pytest.approx(1)
+    assert mask.sum(1).tolist() == [len(y) for y in toy.RESPONSES]
 
 
 def test_equal_policies_have_equal_gradients():
-    objective_gap, gradient_gap, scale = gaps(0.0)
+    objective_gap, gradient_gap, scale = toy.first_order_gaps(0.0)
     assert objective_gap < 1e-15 and gradient_gap < 1e-14 and scale > 0.1
 
 
 def test_objective_error_has_slope_two_and_gradient_error_slope_one():
     distances = np.logspace(-4, -2, 5)
-    objective, gradient, _ = zip(*(gaps(d) for d in distances))
+    objective, gradient, _ = zip(*(toy.first_order_gaps(d) for d in distances))
     slope = lambda errors: np.polyfit(np.log(distances), np.log(errors), 1)[0]  # noqa: E731
     assert slope(objective) == pytest.approx(2, abs=0.05)
     assert slope(gradient) == pytest.approx(1, abs=0.05)
@@ -77,14 +37,36 @@ def test_objective_error_has_slope_two_and_gradient_error_slope_one():
 
 def test_a_group_mean_scales_the_expected_gradient_by_one_minus_one_over_g():
     """All groups of two responses, enumerated, with their probabilities."""
-    theta = torch.randn(len(PREFIXES), VOCABULARY, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    theta = torch.randn(len(toy.PREFIXES), toy.VOCABULARY, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(1))
     theta.requires_grad_()
-    logprobs, mask = response_logprobs(theta)
-    probability = logprobs.detach().sum(1).exp()
-    gradient, = torch.autograd.grad((probability * REWARDS) @ logprobs.sum(1), theta, retain_graph=True)
-    first, second = (torch.tensor(i) for i in zip(*itertools.product(range(len(RESPONSES)), repeat=2)))
+    logprobs, mask = toy.response_logprobs(theta)
+    probability, rewards = logprobs.detach().sum(1).exp(), toy.REWARDS
+    gradient, = torch.autograd.grad((probability * rewards) @ logprobs.sum(1), theta, retain_graph=True)
+    first, second = (torch.tensor(i) for i in zip(*itertools.product(range(len(toy.RESPONSES)), repeat=2)))
     pairs = torch.stack([first, second], 1).flatten()
-    advantages = nano.group_advantages(REWARDS[pairs], 2)
+    advantages = nano.group_advantages(rewards[pairs], 2)
     weight = (probability[first] * probability[second]).repeat_interleave(2) / 2
     with_baseline, = torch.autograd.grad((weight * advantages * logprobs.sum(1)[pairs]).sum(), theta)
     torch.testing.assert_close(with_baseline, gradient * (1 - 1 / 2))
+
+
+@torch.no_grad()
+def test_a_replayed_policy_is_still_a_distribution():
+    """Routes depend on the past alone, so probabilities over all responses still sum to one."""
+    c = nano.Config()
+    model, engine = nano.Model(c), nano.InferenceEngine(c, "int4")
+    engine.load_weights(model, 0)
+    tokens, lengths = toy.enumerated(model)
+    batch = nano.Rollout(tokens, torch.full_like(lengths, 2), lengths)
+    _, routes = engine.model(tokens[:, :-1], None, batch.fed)
+    for replay in (None, routes):
+        assert toy.sequence_logprobs(model, batch, replay).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_which_mini_batches_each_replay_mode_biases():
+    """The table of the README: R2 alters later mini-batches only, R3 the first one too."""
+    bias = toy.replay_bias("int4", [0.0, 0.05])
+    assert bias["R2"][0] == 0 and bias["R2"][1] > 1e-6
+    assert bias["R3"][0] > 1e-6 and bias["R3"][1] > 1e-6
+    assert toy.replay_bias("fp32", [0.0])["R3"][0] < 1e-9
