@@ -159,16 +159,31 @@ def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
-def attend(p: nn.ModuleDict, x: Tensor, rotary: Tensor, cache: Tensor | None, product):
-    """x (B, S, D) plus its causal grouped-query attention; rotary (2, S, 1, head_dim). A cache
+def distinct(tokens: Tensor, mask: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Real tokens with one past, the same tokens and replayed routes up to and with their own, are
+    one computation: the prompt of a group, and responses as long as they agree. -> first (N,), where
+    each of them is among the B·T positions, and place (B, T), which of the N a position is."""
+    columns = tokens[..., None] if replay is None else torch.cat([tokens[..., None], replay.flatten(2)], 2)
+    past, pasts = torch.zeros_like(tokens[:, 0]), []
+    for t, column in enumerate(columns.unbind(1)):
+        _, past = torch.cat([past[:, None], column], 1).unique(dim=0, return_inverse=True)
+        pasts.append(past + t * len(tokens))
+    _, rows = torch.stack(pasts, 1)[mask].unique(return_inverse=True)
+    real = mask.flatten().nonzero().squeeze(1)
+    first = real.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows, real, "amin", include_self=False)
+    return first, torch.zeros_like(tokens).masked_scatter(mask, rows)
+
+def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Tensor,
+           cache: Tensor | None, product):
+    """x (N, D) plus its causal grouped-query attention; rotary (2, N, 1, head_dim). A cache
     (2, B, K, T, head_dim) takes keys and values of T positions, of which x has the last S."""
-    d, (B, S, _), norm, p = rotary.shape[-1], x.shape, p.input_layernorm.weight, p.self_attn
+    d, (B, S), norm, p = rotary.shape[-1], place.shape, p.input_layernorm.weight, p.self_attn
     q, k, v = p.q_proj.weight, p.k_proj.weight, p.v_proj.weight
     H, K = len(q) // d, len(k) // d
-    heads = product(rms_norm(x, norm), torch.cat([q, k, v])).view(B, S, H + 2 * K, d)
-    qk, v = heads.split([H + K, K], 2)
+    qk, v = product(rms_norm(x, norm), torch.cat([q, k, v])).view(-1, H + 2 * K, d).split([H + K, K], 1)
     qk = rms_norm(qk, torch.cat([p.q_norm.weight.expand(H, d), p.k_norm.weight.expand(K, d)]))
-    q, k = torch.addcmul(qk * rotary[0], qk.roll(d // 2, -1), rotary[1]).split([H, K], 2)
+    qk = torch.addcmul(qk * rotary[0], qk.roll(d // 2, -1), rotary[1])
+    q, k, v = (y.index_select(0, place.flatten()).view(B, S, -1, d) for y in (*qk.split([H, K], 1), v))
     q = rearrange(q, "b s (k g) d -> (b k) (g s) d", k=K).float()
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if cache is not None:
@@ -177,15 +192,14 @@ def attend(p: nn.ModuleDict, x: Tensor, rotary: Tensor, cache: Tensor | None, pr
     k, v = k.flatten(0, 1).float(), v.flatten(0, 1).float()  # (B·K, T, head_dim)
     future = k.new_full((S, k.shape[1]), -math.inf).triu(k.shape[1] - S + 1).repeat(H // K, 1)
     out = torch.baddbmm(future, q, k.mT, alpha=d**-0.5).softmax(-1) @ v
-    out = rearrange(out, "(b k) (g s) d -> b s (k g d)", b=B, s=S).to(x.dtype)
-    return x + product(out, p.o_proj.weight)
+    out = rearrange(out, "(b k) (g s) d -> (b s) (k g d)", b=B, s=S).index_select(0, first)
+    return x + product(out.to(x.dtype), p.o_proj.weight)
 
-def moe(p: nn.ModuleDict, x: Tensor, real: Tensor, A: int, replay: Tensor | None, product):
-    """x (M, D) plus, in its rows `real` (N,), a mixture of SwiGLU experts -> (M, D), live top-k
-    (N, A). Padding is left out before any choice: no expert ever sees it. replay (N, A) or None."""
+def moe(p: nn.ModuleDict, x: Tensor, A: int, replay: Tensor | None, product):
+    """x (N, D) plus a mixture of SwiGLU experts -> (N, D), live top-k (N, A). replay (N, A) or None."""
     gate_up, down = p.mlp.experts.gate_up_proj, p.mlp.experts.down_proj
     h = rms_norm(x, p.post_attention_layernorm.weight)
-    router_logits = p.mlp.gate(h.float()).index_select(0, real)  # never quantised
+    router_logits = p.mlp.gate(h.float())  # never quantised
     live = router_logits.topk(A).indices
 
     # All of routing replay: the selection is given, the weights stay live. They come from unmasked
@@ -196,7 +210,7 @@ def moe(p: nn.ModuleDict, x: Tensor, real: Tensor, A: int, replay: Tensor | None
     # A token is copied once for each of its experts and the copies are sorted by expert: each
     # expert works on one block of rows, and one that nobody chose costs nothing.
     order = experts.flatten().argsort(stable=True)
-    rows = real[order // A]
+    rows = order // A
     offsets = experts.flatten().bincount(minlength=len(down)).cumsum(0).to(torch.int32)
     gate, up = product(h.index_select(0, rows), gate_up, offsets).chunk(2, -1)
     hidden = F.silu(gate) * (up * weights.to(x.dtype).flatten().index_select(0, order)[:, None])
@@ -235,22 +249,25 @@ class Model(nn.Module):
         The tokens are the last T positions of a cache (L, 2, B, K, positions, head_dim).
         ValueError if replay has the wrong shape, or no valid route for a real token."""
         c, (B, T), routing = self.config, tokens.shape, []
-        end, cache = (T, [None] * c.layers) if cache is None else (cache.shape[-2], cache)
-        rotary = self.rotary[:, end - T : end].to(self.dtype)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        real = mask.flatten().nonzero().squeeze(1)
-        routes = [None] * c.layers if replay is None else check_routes(
-            replay, mask, (B, T, c.layers, c.top_k), c.experts).unbind(1)
-        x = self.embed_tokens(tokens).to(self.dtype)
+        if replay is not None:
+            check_routes(replay, mask, (B, T, c.layers, c.top_k), c.experts)
+        if cache is None:
+            first, place = distinct(tokens, mask, replay)
+            end, cache = T, [None] * c.layers
+        else:  # what the cache holds of the past differs
+            first, place = mask.flatten().nonzero().squeeze(1), mask.flatten().cumsum(0).view(B, T) - 1
+            end, place = cache.shape[-2], place.clamp(min=0)
+        rotary = self.rotary[:, end - T + first % T].to(self.dtype)
+        routes = [None] * c.layers if replay is None else replay.flatten(0, 1)[first].long().unbind(1)
+        x = self.embed_tokens(tokens.flatten()[first]).to(self.dtype)
         for i, p in enumerate(self.layers):
-            x = attend(p, x, rotary, cache[i], self.product).flatten(0, 1)
-            x, live = moe(p, x, real, c.top_k, routes[i], self.product)
-            x = x.view(B, T, -1)
+            x = attend(p, x, first, place, rotary, cache[i], self.product)
+            x, live = moe(p, x, c.top_k, routes[i], self.product)
             routing.append(live.to(torch.int16))
-        live = torch.stack(routing, 1)  # (N, L, A)
-        routing = live.new_full((B * T, c.layers, c.top_k), -1).index_copy(0, real, live)
         logits = self.lm_head(rms_norm(x, self.norm.weight).float()).to(self.dtype).float()
-        return logits, routing.unflatten(0, (B, T))
+        routing = torch.stack(routing, 1)[place].masked_fill(~mask[..., None, None], -1)
+        return logits.index_select(0, place.flatten()).view(B, T, -1), routing
 
 def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int) -> Tensor:
     """The routes of real tokens, int64 (N, L, A). ValueError if they cannot be replayed."""

@@ -111,7 +111,28 @@ def test_padding_changes_nothing_and_meets_no_expert(config, model, rollout):
 
     model.product = counting
     model(tokens, None, fed)
-    assert set(rows_of_experts) == {(int(fed.sum()) * config.top_k,) * 2}
+    distinct = len(nano.distinct(tokens, fed, None)[0])
+    assert set(rows_of_experts) == {(distinct * config.top_k,) * 2}
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_shared_past_is_computed_once(rollout, replayed):
+    """distinct against a set of pasts: tokens, and routes where they are replayed."""
+    tokens, fed = rollout.tokens[:, :-1], rollout.fed
+    routing = rollout.routing.clone()
+    routing[1, 0, 0] = routing[1, 0, 0].flip(-1)  # one response of a group whose prompt was routed otherwise
+    first, place = nano.distinct(tokens, fed, routing if replayed else None)
+    pasts = {}
+    for b, t in fed.nonzero().tolist():
+        past = str((tokens[b, : t + 1].tolist(), routing[b, : t + 1].tolist() if replayed else None))
+        pasts.setdefault(past, []).append((b, t))
+    assert len(first) == len(pasts) < int(fed.sum())
+    assert (len(nano.distinct(tokens, fed, None)[0]) < len(first)) == replayed
+    for positions in pasts.values():
+        rows = {int(place[position]) for position in positions}
+        assert len(rows) == 1
+        b, t = min(positions)
+        assert first[rows.pop()] == b * tokens.shape[1] + t
 
 
 def test_experts_that_nobody_chose_do_no_work(config, model):

@@ -25,7 +25,7 @@ def test_old_policy_of_each_mode(model, rollout):
     assert not torch.equal(native, forced), "the case needs routers that flip"
     for mode, old, replay in (("none", native, None), ("R2", native, live), ("R3", forced, rollout.routing)):
         batch = nano.prepare_batch(parts(model, replay=mode)[0], rollout, 0)
-        torch.testing.assert_close(batch.old_logprobs, old.detach())
+        torch.testing.assert_close(batch.old_logprobs[rollout.mask], old.detach()[rollout.mask])
         assert batch.replay is None if replay is None else torch.equal(batch.replay, replay)
 
 
