@@ -159,18 +159,20 @@ def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
-def distinct(tokens: Tensor, mask: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
+def distinct(tokens: Tensor, mask: Tensor, replay: Tensor | None, past: Tensor):
     """Real tokens with one past, the same tokens and replayed routes up to and with their own, are
-    one computation: the prompt of a group, and responses as long as they agree. -> first (N,), where
-    each of them is among the B·T positions, and place (B, T), which of the N a position is."""
-    columns = tokens[..., None] if replay is None else torch.cat([tokens[..., None], replay.flatten(2)], 2)
-    past, pasts = torch.zeros_like(tokens[:, 0]), []
+    one computation: a group's prompt, and its responses as far as they agree. past (B,) is what
+    was before these tokens. -> first (N,), where each of them is among the B·T positions, and
+    place (B, T), which of the N a position is."""
+    columns, pasts = tokens[..., None], []
+    if replay is not None:
+        columns = torch.cat([columns, replay.flatten(2)], 2)
     for t, column in enumerate(columns.unbind(1)):
         _, past = torch.cat([past[:, None], column], 1).unique(dim=0, return_inverse=True)
         pasts.append(past + t * len(tokens))
-    _, rows = torch.stack(pasts, 1)[mask].unique(return_inverse=True)
-    real = mask.flatten().nonzero().squeeze(1)
-    first = real.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows, real, "amin", include_self=False)
+    ids, rows = torch.stack(pasts, 1)[mask].unique(return_inverse=True)
+    first = torch.zeros_like(ids).scatter_reduce(
+        0, rows, mask.flatten().nonzero().squeeze(1), "amin", include_self=False)
     return first, torch.zeros_like(tokens).masked_scatter(mask, rows)
 
 def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Tensor,
@@ -180,10 +182,12 @@ def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Te
     d, (B, S), norm, p = rotary.shape[-1], place.shape, p.input_layernorm.weight, p.self_attn
     q, k, v = p.q_proj.weight, p.k_proj.weight, p.v_proj.weight
     H, K = len(q) // d, len(k) // d
-    qk, v = product(rms_norm(x, norm), torch.cat([q, k, v])).view(-1, H + 2 * K, d).split([H + K, K], 1)
+    heads = product(rms_norm(x, norm), torch.cat([q, k, v])).view(-1, H + 2 * K, d)
+    qk, v = heads.split([H + K, K], 1)
     qk = rms_norm(qk, torch.cat([p.q_norm.weight.expand(H, d), p.k_norm.weight.expand(K, d)]))
     qk = torch.addcmul(qk * rotary[0], qk.roll(d // 2, -1), rotary[1])
-    q, k, v = (y.index_select(0, place.flatten()).view(B, S, -1, d) for y in (*qk.split([H, K], 1), v))
+    q, k = qk.split([H, K], 1)
+    q, k, v = (y.index_select(0, place.flatten()).view(B, S, -1, d) for y in (q, k, v))
     q = rearrange(q, "b s (k g) d -> (b k) (g s) d", k=K).float()
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if cache is not None:
@@ -196,7 +200,7 @@ def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Te
     return x + product(out.to(x.dtype), p.o_proj.weight)
 
 def moe(p: nn.ModuleDict, x: Tensor, A: int, replay: Tensor | None, product):
-    """x (N, D) plus a mixture of SwiGLU experts -> (N, D), live top-k (N, A). replay (N, A) or None."""
+    """x (N, D) plus its mixture of SwiGLU experts -> (N, D), live top-k (N, A). replay (N, A)."""
     gate_up, down = p.mlp.experts.gate_up_proj, p.mlp.experts.down_proj
     h = rms_norm(x, p.post_attention_layernorm.weight)
     router_logits = p.mlp.gate(h.float())  # never quantised
@@ -252,14 +256,13 @@ class Model(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         if replay is not None:
             check_routes(replay, mask, (B, T, c.layers, c.top_k), c.experts)
-        if cache is None:
-            first, place = distinct(tokens, mask, replay)
-            end, cache = T, [None] * c.layers
-        else:  # what the cache holds of the past differs
-            first, place = mask.flatten().nonzero().squeeze(1), mask.flatten().cumsum(0).view(B, T) - 1
-            end, place = cache.shape[-2], place.clamp(min=0)
+        past = torch.arange(B, device=DEVICE) * (cache is not None)  # 0: all begin alike
+        first, place = distinct(tokens, mask, replay, past)
+        end, cache = (T, [None] * c.layers) if cache is None else (cache.shape[-2], cache)
         rotary = self.rotary[:, end - T + first % T].to(self.dtype)
-        routes = [None] * c.layers if replay is None else replay.flatten(0, 1)[first].long().unbind(1)
+        routes = [None] * c.layers
+        if replay is not None:
+            routes = replay.flatten(0, 1)[first].long().unbind(1)
         x = self.embed_tokens(tokens.flatten()[first]).to(self.dtype)
         for i, p in enumerate(self.layers):
             x = attend(p, x, first, place, rotary, cache[i], self.product)
@@ -269,17 +272,15 @@ class Model(nn.Module):
         routing = torch.stack(routing, 1)[place].masked_fill(~mask[..., None, None], -1)
         return logits.index_select(0, place.flatten()).view(B, T, -1), routing
 
-def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int) -> Tensor:
-    """The routes of real tokens, int64 (N, L, A). ValueError if they cannot be replayed."""
+def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int):
+    """ValueError if the routes (B, T, L, A) of real tokens cannot be replayed."""
     if routing.shape != shape:
         raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
-    routes = routing[mask].long()
-    order = routes.sort(-1).values
+    order = routing[mask].sort(-1).values
     bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
     if bad.any():
         raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} "
                          f"(token, layer) pairs: {shape[-1]} different experts below {experts}")
-    return routes
 
 # ----------------------------------------------------------------------------------- 4 Rollout
 @dataclass

@@ -111,7 +111,7 @@ def test_padding_changes_nothing_and_meets_no_expert(config, model, rollout):
 
     model.product = counting
     model(tokens, None, fed)
-    distinct = len(nano.distinct(tokens, fed, None)[0])
+    distinct = len(nano.distinct(tokens, fed, None, torch.zeros_like(tokens[:, 0]))[0])
     assert set(rows_of_experts) == {(distinct * config.top_k,) * 2}
 
 
@@ -121,13 +121,13 @@ def test_a_shared_past_is_computed_once(rollout, replayed):
     tokens, fed = rollout.tokens[:, :-1], rollout.fed
     routing = rollout.routing.clone()
     routing[1, 0, 0] = routing[1, 0, 0].flip(-1)  # one response of a group whose prompt was routed otherwise
-    first, place = nano.distinct(tokens, fed, routing if replayed else None)
+    first, place = nano.distinct(tokens, fed, routing if replayed else None, torch.zeros_like(tokens[:, 0]))
     pasts = {}
     for b, t in fed.nonzero().tolist():
         past = str((tokens[b, : t + 1].tolist(), routing[b, : t + 1].tolist() if replayed else None))
         pasts.setdefault(past, []).append((b, t))
     assert len(first) == len(pasts) < int(fed.sum())
-    assert (len(nano.distinct(tokens, fed, None)[0]) < len(first)) == replayed
+    assert (len(nano.distinct(tokens, fed, None, torch.zeros_like(tokens[:, 0]))[0]) < len(first)) == replayed
     for positions in pasts.values():
         rows = {int(place[position]) for position in positions}
         assert len(rows) == 1
