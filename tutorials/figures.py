@@ -126,6 +126,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def every(values: list[float], step: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Means of `step` updates, at the last of them."""
+    n = len(values) // step
+    return np.arange(1, n + 1) * step, np.reshape(values[: n * step], (n, step)).mean(1)
+
+
 def run(cell: Cell, seed: int, quick: bool) -> dict:
     """Cold start and RL of one cell and seed -> what results/*.jsonl keeps of it."""
     c = cell.config(seed, quick)
@@ -140,8 +146,11 @@ def run(cell: Cell, seed: int, quick: bool) -> dict:
         stopped = f"{error}, after update {len(rows)}"
         rows.append({"update": len(rows) + 1, "score": 0.0})
     scores = [(0, first)] + [(row["update"], row["score"]) for row in rows if row["score"] is not None]
-    curves = {name: [float(f"{row[name]:.3g}") for row in rows if name in row]
+    curves = {name: [row[name] for row in rows if name in row]
               for name in ("reward", "entropy", "mismatch_kl", "staleness_kl", "clip_fraction")}
+    for name in ("reward", "staleness_kl", "clip_fraction"):  # no rule looks at single updates of these
+        curves[name] = every(curves[name])[1]
+    curves = {name: [float(f"{x:.3g}") for x in values] for name, values in curves.items()}
     late = [row["routing_agreement"] for row in rows[-16:] if "routing_agreement" in row]
     return {"cell": cell.key, "seed": seed, "score": [[u, round(s, 4)] for u, s in scores], **curves,
             "flips": [round(1 - x, 4) for x in np.mean(late, 0)] if late else [], "stopped": stopped}
@@ -495,12 +504,6 @@ def bands(axes, curves: list[tuple[np.ndarray, np.ndarray]], style, label: str, 
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def every(values: list[float], step: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Means of `step` updates, at the last of them."""
-    n = len(values) // step
-    return np.arange(1, n + 1) * step, np.reshape(values[: n * step], (n, step)).mean(1)
-
-
 def draw_figure(runs: Runs, name: str, folder: Path):
     title, figure_key, level, methods = FIGURES[name]
     figure = picture()(figsize=(10, 6.4), layout="constrained")
@@ -513,7 +516,8 @@ def draw_figure(runs: Runs, name: str, folder: Path):
         scores = [tuple(np.array(row["score"]).T) for row in rows]
         bands(panels[0, 0], scores, style, f"{method} ({len(rows)} seeds)")
         bands(panels[0, 1], [every(row["mismatch_kl"]) for row in rows], style, method, log=True)
-        bands(panels[1, 0], [every(row["reward"]) for row in rows], style, method)
+        rewards = [np.array(row["reward"]) for row in rows]
+        bands(panels[1, 0], [(np.arange(1, len(y) + 1) * 8, y) for y in rewards], style, method)
         bands(panels[1, 1], [every(row["entropy"]) for row in rows], style, method)
     for axes, text in zip(panels.flat, ("score on 1,024 held-out prompts", "training-inference KL(μ‖π)",
                                         "training reward", "entropy of π, nats")):
@@ -558,13 +562,14 @@ def draw_toys(folder: Path):
     left.loglog(distances, gradient, "s--", color="#0072B2", label="gradient: slope 1")
     left.set(title="error of the first-order surrogate", xlabel="distance of the policies in logits")
     moves = [0.0, 0.01, 0.02, 0.04, 0.08, 0.16]
-    for precision, line in (("fp8", "-"), ("int4", "--")):
-        for mode, values in toy.replay_bias(precision, moves).items():
-            colour, _, marker = STYLES[f"{mode} + clip"]
-            right.plot(range(len(moves)), values, line, color=colour, marker=marker, label=f"{mode}, {precision}")
+    for label, mode, precision, line in (("R2", "R2", "fp8", "-"), ("R3, fp8 rollouts", "R3", "fp8", "-"),
+                                         ("R3, int4 rollouts", "R3", "int4", "--")):
+        colour, _, marker = STYLES[f"{mode} + clip"]
+        right.plot(toy.replay_bias(precision, moves)[mode], line, color=colour, marker=marker, label=label)
     right.set(title="KL(π_θ replayed ‖ π_θ): bias of the target policy", xticks=range(len(moves)),
               xticklabels=["0\nfirst mini-batch"] + [f"{x:g}" for x in moves[1:]], xlabel="weights moved since the rollout")
-    right.set_yscale("symlog", linthresh=1e-5)
+    right.set_yscale("symlog", linthresh=1e-4)
+    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
@@ -601,9 +606,10 @@ def draw_flips(runs: Runs, folder: Path):
                 if rows:
                     axes.plot(np.mean([row["flips"] for row in rows], 0), line, marker="o", color=str(shade),
                               label=f"{value} {name}, {precision}")
-        axes.set(title=f"other experts in the engine, by {name}", xlabel="layer", yscale="log")
+        axes.set(title=f"share of tokens with other experts, by {name}", xlabel="layer", yscale="log",
+                 xticks=range(max(DEPTHS) if name == "layers" else 3))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2)
     figure.savefig(folder / "flips.svg", metadata={"Date": None})
 
 
