@@ -187,3 +187,15 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, rollout, bad)
     with pytest.raises(FloatingPointError):
         nano.train_step(model, optimizer, batch, broken)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_learning_rate_rises_in_the_first_updates_and_rows_are_whole(config, model):
+    trained, optimizer = parts(model, updates=6, mini_batches=2, warmup=5, lr=0.01, eval_every=4)
+    rows, seen = [], []
+    for row in nano.learn(trained, optimizer, rows):
+        assert row is rows[-1]
+        seen.append((len(rows), optimizer.param_groups[0]["lr"]))
+    assert seen == [(2, pytest.approx(0.004)), (4, pytest.approx(0.008)), (6, pytest.approx(0.01))]
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["score"] is None for row in rows] == [True, True, True, False, True, False]
+    assert len({frozenset(row) for row in rows}) == 1

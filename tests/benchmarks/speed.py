@@ -18,7 +18,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,  # noqa: E402
-                         make_prompts, prepare_batch, train_step)
+                         adamw, distinct, make_prompts, prepare_batch, train_step)
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 PROMPTS, GROUP, DIGITS, RESPONSE = 16, 16, 8, 11  # trl_step.py has the same shape
@@ -37,7 +37,8 @@ def benchmark_config(train: str = "fp32", rollout: str = "fp32") -> Config:
 
 def update_gflop(c: Config) -> float:
     """Arithmetic of one update, as if every token of every sequence were fed once in the rollout
-    and once in training. In fact a group shares its prefill, and the last token is not fed."""
+    and once in training. In fact sequences share what they have in common, and the last token is
+    not fed."""
     attention = c.width * c.head_dim * (c.heads + 2 * c.kv_heads + c.heads)  # q, k and v, o
     moe = c.width * c.experts + c.top_k * 3 * c.width * c.expert_width  # router; gate, up, down
     scores = 2 * c.width * (TOKENS + 1) / 2  # a token sees half of its sequence on average
@@ -64,7 +65,7 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
     """Seconds of rollout, training and synchronisation, for each update after the warm-up."""
     c, times = benchmark_config(train, rollout), []
     model, engine = Model(c), InferenceEngine(c, rollout)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+    optimizer = adamw(model, 1e-3)
     prompts, samples = torch.Generator().manual_seed(1), torch.Generator(DEVICE).manual_seed(2)
     engine.load_weights(model, 0)
     for update in range(WARM_UP + UPDATES):
@@ -80,6 +81,15 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
         assert batch.tokens.shape == (SEQUENCES, TOKENS) and (batch.lengths == TOKENS).all()
         times.append([end - start for start, end in zip(marks, marks[1:])])
     return times[WARM_UP:]
+
+def distinct_positions(c: Config) -> str:
+    """How much of a first batch is a computation of its own in the train step."""
+    model, engine = Model(c), InferenceEngine(c, c.rollout_precision)
+    engine.load_weights(model, 0)
+    batch = engine.generate(*make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
+                            torch.Generator(DEVICE).manual_seed(2), eos=-1)
+    first, place = distinct(batch.tokens[:, :-1], batch.fed, None, torch.zeros_like(batch.lengths))
+    return f"{len(first)} of {place.numel()} fed positions have a past of their own"
 
 def trl_python(python: str) -> str:
     """The interpreter given, or one in .venv-trl/: TRL's packages stay out of this environment."""
@@ -124,6 +134,7 @@ def main():
     parameters = sum(p.numel() for p in Model(c).parameters())
     gflop = update_gflop(c)
     print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")
+    print(distinct_positions(c))
     ours, theirs, rate = measure(python)
 
     print(f"\nms, medians of {ROUNDS * UPDATES} updates; matrix rate {rate:.0f} GFLOP/s in fp32\n"
