@@ -62,7 +62,7 @@ class Cell:
         return f"{self.figure} | {self.method} | {self.level}"
 
     def config(self, seed: int, quick: bool) -> nano.Config:
-        short = dict(updates=16, eval_prompts=64, cold_start_steps=60, mini_batch=32) if quick else {}
+        short = dict(updates=8, eval_prompts=64, cold_start_steps=30, mini_batch=16) if quick else {}
         options = BASE | LEVELS.get(self.level, {}) | self.options | short
         return nano.Config(seed=seed, name="figures", **options)
 
