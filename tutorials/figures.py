@@ -368,8 +368,10 @@ def verdicts(runs: Runs) -> list[tuple[str, str, str]]:
     def spike_free(name):
         failing = [row for row in runs.cells[name].values() if failed_run(row)]
         spikes = sum(map(kl_spike, failing))
-        decision = ABSENT if not failing else REPRODUCED if spikes == 0 else CONTRADICTED
-        return f"KL spikes in {spikes} of {len(failing)} failing", decision
+        if not failing:
+            return "KL spikes: no failing seeds", ABSENT
+        low, high = clopper_pearson(spikes, len(failing))
+        return f"KL spikes in {spikes} of {len(failing)} failing [{low:.2f}, {high:.2f}]", sign(-high, -low, -0.5)
 
     def best_off_policy():
         recipes = [cell("N=2", "R2 + clip"), cell("N=4", "R3 + clip"), cell("N=8", "R3 + clip")]
