@@ -601,8 +601,8 @@ def learn(model: Model, optimizer: torch.optim.Optimizer, rows: list[dict],
             row["seconds"] = seconds / c.mini_batches
             row["tokens_per_second"] = int(batch.lengths.sum()) / seconds
         if len(rows) % c.eval_every < c.mini_batches or len(rows) == c.updates:
-            row["score"] = evaluate(model).rewards.mean().item()
-        yield row
+            rows[-1]["score"] = evaluate(model).rewards.mean().item()
+        yield rows[-1]
 
 def train(c: Config, resume: bool = False, **functions: Callable):
     """A run in runs/NAME, new or on from its checkpoint; functions go to learn. Checkpoint and
@@ -670,18 +670,23 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--resume: there is no {path}; start a run with --name")
             if given.keys() - {"updates"}:
                 raise ValueError(f"--resume: {path} has all options; only --updates can change")
-            given = torch.load(path, map_location="cpu")["config"] | given
+            saved = torch.load(path, map_location="cpu")["config"]
+            given = saved | given | {"name": path.parent.name}
         c, names = Config(**given), (f"run-{i}" for i in range(1, 10**6))
         c = c if c.name else replace(c, name=next(n for n in names if not Path("runs", n).exists()))
         if Path("runs", c.name).exists() and not resume:
             raise ValueError(f"--name {c.name}: is taken; give another, or --resume {c.name}")
-        train(c, resume)
-    except (ValueError, FileExistsError) as refusal:
+    except ValueError as refusal:
         print(f"nano_moe_rl.py: {refusal}", file=sys.stderr)
+        return 2
+    try:  # a ValueError from here on is a bug, and shows where it is
+        train(c, resume)
+    except FileExistsError:
+        print(f"nano_moe_rl.py: runs/{c.name} was taken meanwhile; give --name", file=sys.stderr)
         return 2
     except (FloatingPointError, KeyboardInterrupt) as reason:
         print(f"stopped by {reason or 'Ctrl-C'}; --resume {c.name} goes on from the last good "
-              f"checkpoint, runs/{c.name}/checkpoint.pt", file=sys.stderr)
+              f"checkpoint, runs/{c.name}/checkpoint.pt (none before RL)", file=sys.stderr)
         return 130 if isinstance(reason, KeyboardInterrupt) else 1
     print(f"runs/{c.name}/curves.png has the curves, metrics.jsonl beside it the numbers")
     return 0

@@ -339,3 +339,20 @@ def test_the_reward_rises(folder):
     assert before > 0.2
     nano.train(c)
     assert metrics("a")[-1]["score"] > before + 0.15
+
+
+def test_a_bug_in_training_is_no_refusal(folder, monkeypatch):
+    """Exit code 2 is for what was asked; a missing route or stale weight in a run keeps its traceback."""
+    def stale(*_):
+        raise ValueError("stale")
+
+    monkeypatch.setattr(nano, "prepare_batch", stale)
+    with pytest.raises(ValueError, match="stale"):
+        nano.main(arguments(name="a"))
+
+
+def test_a_renamed_run_resumes_in_its_new_folder(folder):
+    assert nano.main(arguments(name="a")) == 0
+    Path("runs/a").rename("runs/b")
+    assert nano.main(["--resume", "b", "--updates", "6"]) == 0
+    assert not Path("runs/a").exists() and len(metrics("b")) == 6
