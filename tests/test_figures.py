@@ -4,17 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tutorials"))
-
-import figures  # noqa: E402
-import objectives  # noqa: E402
+import figures
+import objectives
 
 B, T, G = 6, 5, 3
 

@@ -1,18 +1,13 @@
 """The first-order claim and what replay does to the policy, with every response enumerated."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import nano_moe_rl as nano
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
-
-import toy  # noqa: E402
+import toy
 
 
 def test_the_responses_are_all_there_are():

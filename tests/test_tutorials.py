@@ -1,16 +1,13 @@
 """Every Python block of every tutorial page runs, in order, and what it prints is what the page says."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
-sys.path.insert(0, str(TUTORIALS))
+import pages
 
-import pages  # noqa: E402
-
+TUTORIALS = ROOT / "tutorials"
 PAGES = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
 
 
