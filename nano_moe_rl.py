@@ -3,9 +3,8 @@
     python nano_moe_rl.py                                           # cold start, RL, a picture
     python nano_moe_rl.py --replay none --rollout-precision int4    # turn a dial (--help) and look
 
-The method is MiniRL ("Stabilizing Reinforcement Learning with LLMs", arXiv 2512.01374). A reward
-is for a whole response, but what is trained is a first-order approximation, a sum over tokens. It
-holds only while two gaps between policies are small:
+The method is MiniRL (arXiv 2512.01374). A reward is for a whole response; what is trained is a
+first-order approximation, a sum over tokens, that holds while two gaps between policies are small:
 
     π_θ / μ_old  =  (π_old / μ_old: two engines)  ×  (π_θ / π_old: stale weights)
 
@@ -38,8 +37,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def option(default, text: str, *choices: str, low: float = 1):
     return field(default=default, metadata=dict(text=text, choices=choices, low=low))
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def check(c, name: str, fine: bool, remedy: str):
+    """ValueError, in one line, if the value of an option is not fine."""
+    if not fine:
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: give {remedy}")
+
+def check_options(c):
+    """Type, choices and lowest value of every option."""
+    for f in fields(c):
+        value, choices, low = getattr(c, f.name), f.metadata["choices"], f.metadata["low"]
+        fine = value in choices if choices else f.type in (str, bool) or low <= value < 1e9
+        check(c, f.name, type(value) is f.type and fine, " or ".join(choices) or f"{low} or more")
 
 @dataclass(frozen=True)
 class Config:
@@ -76,27 +84,21 @@ class Config:
     eval_prompts: int = option(512, "held-out prompts in a score")
 
     def __post_init__(c):
-        def check(name: str, fine: bool, remedy: str):
-            if not fine:
-                raise ValueError(f"{flag(name)} {getattr(c, name)}: give {remedy}")
-
-        for f in fields(c):
-            value, low, choices = getattr(c, f.name), f.metadata["low"], f.metadata["choices"]
-            allowed = value in choices if choices else f.type in (str, bool) or low <= value < 1e9
-            remedy = " or ".join(choices) or f"{low} or more"
-            check(f.name, type(value) is f.type and allowed, remedy)
+        check_options(c)
         longest = len(TEACHERS[c.teacher][1]) * c.max_digits + 3
-        check("width", c.width % 32 == 0, "a multiple of 32")
-        check("heads", c.width / c.heads in (32, 64), f"--width {c.width} over 32 or over 64")
-        check("kv_heads", c.heads % c.kv_heads == 0, f"a divisor of --heads {c.heads}")
-        check("top_k", c.top_k <= c.experts, f"at most --experts {c.experts}")
-        check("expert_width", c.expert_width % 8 == 0, "a multiple of 8")
-        check("max_digits", c.min_digits <= c.max_digits <= 10, f"{c.min_digits} to 10")
-        check("max_response", c.max_response >= longest, f"{longest} or more")
-        check("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}")
-        check("group_size", c.mini_batch % c.group_size == 0, f"a divisor of {c.mini_batch}")
-        check("micro_batch", c.mini_batch % c.per_pass == 0, f"a divisor of {c.mini_batch}")
-        check("name", Path(c.name).name == c.name not in ("..", "cold_start"), "one without /")
+        for name, fine, remedy in (
+                ("width", c.width % 32 == 0, "a multiple of 32"),
+                ("heads", c.width / c.heads in (32, 64), f"--width {c.width} over 32 or over 64"),
+                ("kv_heads", c.heads % c.kv_heads == 0, f"a divisor of --heads {c.heads}"),
+                ("top_k", c.top_k <= c.experts, f"at most --experts {c.experts}"),
+                ("expert_width", c.expert_width % 8 == 0, "a multiple of 8"),
+                ("max_digits", c.min_digits <= c.max_digits <= 10, f"{c.min_digits} to 10"),
+                ("max_response", c.max_response >= longest, f"{longest} or more"),
+                ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
+                ("group_size", c.mini_batch % c.group_size == 0, f"a divisor of {c.mini_batch}"),
+                ("micro_batch", c.mini_batch % c.per_pass == 0, f"a divisor of {c.mini_batch}"),
+                ("name", Path(c.name).name == c.name not in ("..", "cold_start"), "one without /")):
+            check(c, name, fine, remedy)
 
     head_dim = property(lambda c: c.width // c.heads)
     context = property(lambda c: c.max_digits + 1 + c.max_response)
@@ -127,13 +129,12 @@ def demonstrations(n: int, c: Config, generator: Generator) -> tuple[Tensor, Ten
     prompts, prompt_lengths = make_prompts(n, c, generator)
     slips = torch.randint(1, 10, prompts.shape, generator=generator)
     slips *= torch.rand(prompts.shape, generator=generator) < slip_rate
-    rows = []
-    for prompt, slip, length in zip(prompts.tolist(), slips.tolist(), prompt_lengths.tolist()):
-        row, total = prompt[:length], 0
-        for digit, wrong in zip(prompt[: length - 1], slip):
-            before, total = total, (total + digit + wrong) % 10
-            row += [{"d": digit, "s": total, "p": before, "=": ASK}[part] for part in step]
-        rows.append(torch.tensor(row + [ANSWER, total, EOS]))
+    sums = (prompts + slips).cumsum(1)
+    parts = {"d": prompts, "s": sums % 10, "p": (sums - prompts - slips) % 10, "=": 0 * sums + ASK}
+    steps = torch.stack([parts[part] for part in step], 2)  # (n, digits, symbols of a step)
+    rows = [torch.cat([prompts[i, :m], steps[i, :m - 1].flatten(),
+                       torch.tensor([ANSWER, sums[i, m - 2] % 10, EOS])])
+            for i, m in enumerate(prompt_lengths.tolist())]
     lengths = torch.tensor([len(row) for row in rows])
     return nn.utils.rnn.pad_sequence(rows, True, EOS), prompt_lengths, lengths
 
@@ -147,7 +148,7 @@ def grade(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
 # Architecture and parameter names are Qwen3-MoE's: transformers loads these weights as they are.
 # p holds the parameters of one layer; product is what engines do differently, the numerics.
 
-def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool = False) -> Tensor:
+def product(x, weight, offsets=None, bf16=False):
     """x (..., in), weight (out, in) -> (..., out). With offsets (E,) and weight (E, out, in),
     expert e has the rows of x (M, in) before offsets[e]. bf16: all rounded, but sums in fp32."""
     if bf16:  # a CPU is faster with the same numbers in fp32, where their products are exact
@@ -156,14 +157,13 @@ def product(x: Tensor, weight: Tensor, offsets: Tensor | None = None, bf16: bool
     y = F.linear(x, weight) if offsets is None else F.grouped_mm(x, weight.mT, offs=offsets)
     return y.bfloat16().float() if bf16 else y
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm(x, weight):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
-def distinct(tokens: Tensor, mask: Tensor, replay: Tensor | None, past: Tensor):
-    """Real tokens with one past, the same tokens and replayed routes up to and with their own, are
-    one computation: a group's prompt, and its responses as far as they agree. past (B,) is what
-    was before these tokens. -> first (N,), where each of them is among the B·T positions, and
-    place (B, T), which of the N a position is."""
+def distinct(tokens, mask, replay, past):
+    """Real tokens with the same tokens and replayed routes up to and with their own are one
+    computation, such as a group's prompt. past (B,) is what was before these tokens. -> first (N,),
+    where each of them is among the B·T positions; place (B, T), which of the N a position is."""
     columns, pasts = tokens[..., None], []
     if replay is not None:
         columns = torch.cat([columns, replay.flatten(2)], 2)
@@ -175,8 +175,7 @@ def distinct(tokens: Tensor, mask: Tensor, replay: Tensor | None, past: Tensor):
         0, rows, mask.flatten().nonzero().squeeze(1), "amin", include_self=False)
     return first, torch.zeros_like(tokens).masked_scatter(mask, rows)
 
-def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Tensor,
-           cache: Tensor | None, product):
+def attend(p, x, first, place, rotary, cache, product):
     """x (N, D) plus its causal grouped-query attention; rotary (2, N, 1, head_dim). A cache
     (2, B, K, T, head_dim) takes keys and values of T positions, of which x has the last S."""
     d, (B, S), norm, p = rotary.shape[-1], place.shape, p.input_layernorm.weight, p.self_attn
@@ -199,7 +198,7 @@ def attend(p: nn.ModuleDict, x: Tensor, first: Tensor, place: Tensor, rotary: Te
     out = rearrange(out, "(b k) (g s) d -> (b s) (k g d)", b=B, s=S).index_select(0, first)
     return x + product(out.to(x.dtype), p.o_proj.weight)
 
-def moe(p: nn.ModuleDict, x: Tensor, A: int, replay: Tensor | None, product):
+def moe(p, x, A, replay, product):
     """x (N, D) plus its mixture of SwiGLU experts -> (N, D), live top-k (N, A). replay (N, A)."""
     gate_up, down = p.mlp.experts.gate_up_proj, p.mlp.experts.down_proj
     h = rms_norm(x, p.post_attention_layernorm.weight)
@@ -246,22 +245,19 @@ class Model(nn.Module):
         self.rotary = torch.stack([angle.cos(), angle.sin()]).to(DEVICE)
         self.to(DEVICE)
 
-    def forward(self, tokens: Tensor, replay: Tensor | None = None, mask: Tensor | None = None,
-                cache: Tensor | None = None):
+    def forward(self, tokens, replay=None, mask=None, cache=None):
         """tokens (B, T), replay (B, T, L, A) or None, mask (B, T), False on padding, which
         is on the right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), always live.
         The tokens are the last T positions of a cache (L, 2, B, K, positions, head_dim).
         ValueError if replay has the wrong shape, or no valid route for a real token."""
-        c, (B, T), routing = self.config, tokens.shape, []
+        c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        end, cache = (T, [None] * c.layers) if cache is None else (cache.shape[-2], cache)
+        past = torch.arange(B, device=DEVICE) * (end > T)  # 0: all begin alike
+        first, place = distinct(tokens, mask, replay, past)
+        rotary = self.rotary[:, end - T + first % T].to(self.dtype)
         if replay is not None:
             check_routes(replay, mask, (B, T, c.layers, c.top_k), c.experts)
-        past = torch.arange(B, device=DEVICE) * (cache is not None)  # 0: all begin alike
-        first, place = distinct(tokens, mask, replay, past)
-        end, cache = (T, [None] * c.layers) if cache is None else (cache.shape[-2], cache)
-        rotary = self.rotary[:, end - T + first % T].to(self.dtype)
-        routes = [None] * c.layers
-        if replay is not None:
             routes = replay.flatten(0, 1)[first].long().unbind(1)
         x = self.embed_tokens(tokens.flatten()[first]).to(self.dtype)
         for i, p in enumerate(self.layers):
@@ -272,11 +268,11 @@ class Model(nn.Module):
         routing = torch.stack(routing, 1)[place].masked_fill(~mask[..., None, None], -1)
         return logits.index_select(0, place.flatten()).view(B, T, -1), routing
 
-def check_routes(routing: Tensor, mask: Tensor, shape: tuple, experts: int):
+def check_routes(routing, mask, shape, experts):
     """ValueError if the routes (B, T, L, A) of real tokens cannot be replayed."""
     if routing.shape != shape:
         raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
-    order = routing[mask].sort(-1).values
+    order = routing[mask].short().sort(-1).values  # an id of uint8 cannot be compared with 256
     bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
     if bad.any():
         raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} "
@@ -327,7 +323,7 @@ class InferenceEngine:
         self.model.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model.product = self.product
 
-    def product(self, x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def product(self, x, weight, offsets=None):
         return product(quantise(x.float(), self.precision), weight, offsets).to(x.dtype)
 
     @torch.no_grad()
@@ -338,63 +334,55 @@ class InferenceEngine:
             mine.copy_(quantise(weight, self.precision) if "_proj" in name else weight.to(dtype))
 
     @torch.no_grad()
-    def generate(self, prompts: Tensor, prompt_lengths: Tensor, group_size: int,
-                 generator: Generator, eos: int = EOS) -> Rollout:
+    def generate(self, prompts, prompt_lengths, group_size, generator, eos=EOS) -> Rollout:
         """Samples G responses to each of P right-padded prompts (P, columns), prompt_lengths (P,).
-        The columns that all prompts fill are fed at once, one row a prompt; from there column by
-        column, G rows a prompt: the prompt's own token while it lasts, then a sample.
-        FloatingPointError if the weights give no distribution."""
-        c, start = self.model.config, int(prompt_lengths.min())
-        cache = torch.zeros(c.layers, 2, len(prompts), c.kv_heads, c.context, c.head_dim,
-                            device=DEVICE, dtype=self.model.dtype)
-        logits, routes = self.model(prompts[:, :start].to(DEVICE), cache=cache[..., :start, :])
-        cache = cache.repeat_interleave(group_size, 2)
-        prompts, prompt_lengths, logits, routes = (
-            x.to(DEVICE).repeat_interleave(group_size, 0)
-            for x in (prompts, prompt_lengths, logits, routes))
+        The columns that all prompts fill are fed at once, then one by one: the prompt's own token
+        while it lasts, then a sample. FloatingPointError if the weights give no distribution."""
+        c, fed, t = self.model.config, 0, int(prompt_lengths.min())
+        prompts, prompt_lengths = (x.to(DEVICE).repeat_interleave(group_size, 0)
+                                   for x in (prompts, prompt_lengths))
         tokens = F.pad(prompts, (0, c.context - prompts.shape[1]), value=EOS)
-        rollout_logprobs, routing = [logits.new_zeros(len(tokens), start - 1)], [routes]
         lengths = prompt_lengths + c.max_response  # cut off there, unless EOS comes first
-        for t in range(start, c.context):
+        cache = torch.zeros(c.layers, 2, len(tokens), c.kv_heads, c.context, c.head_dim,
+                            device=DEVICE, dtype=self.model.dtype)
+        rollout_logprobs, routing = [cache.new_zeros(len(tokens), t - 1).float()], []
+        while (going := t < lengths).any():  # what is finished is padding, which meets no expert
+            logits, routes = self.model(tokens[:, fed:t], mask=going[:, None].expand(-1, t - fed),
+                                        cache=cache[..., :t, :])
             logprobs = (logits[:, -1] / c.temperature).log_softmax(-1)  # what is sampled from
             if not logprobs.isfinite().all():
                 raise FloatingPointError("log-probabilities of the rollout are not finite")
             sampled = torch.multinomial(logprobs.exp(), 1, generator=generator)
-            sampling = (prompt_lengths <= t) & (t < lengths)
+            sampling = going & (prompt_lengths <= t)
             tokens[:, t] = sampled[:, 0].where(sampling, tokens[:, t])
-            rollout_logprobs.append(logprobs.gather(1, sampled) * sampling[:, None])
             lengths[sampling & (tokens[:, t] == eos)] = t + 1
-            going = t + 1 < lengths  # what is finished becomes padding, which meets no expert
-            if not going.any():
-                break
-            logits, routes = self.model(
-                tokens[:, t, None], mask=going[:, None], cache=cache[..., : t + 1, :])
+            rollout_logprobs.append(logprobs.gather(1, sampled) * sampling[:, None])
             routing.append(routes)
-        return Rollout(tokens[:, : t + 1], prompt_lengths, lengths, torch.cat(rollout_logprobs, 1),
-                       torch.cat(routing, 1), self.version)
+            fed, t = t, t + 1
+        return Rollout(tokens[:, :t], prompt_lengths, lengths,
+                       torch.cat(rollout_logprobs, 1), torch.cat(routing, 1), self.version)
 
 # ---------------------------------------------------------------------------------- 5 RL maths
 # Tensors in, tensors out. Shapes are (B, T) unless said otherwise; mask is True on response tokens.
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(logits, targets, temperature=1.0):
     """log π of the targets (B, T) under logits (B, T, V), at the temperature of sampling."""
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return logprobs.gather(-1, targets[..., None]).squeeze(-1)
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def entropy(logits, temperature=1.0):
     """Entropy over the full vocabulary, in nats. logits (B, T, V) -> (B, T)."""
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
-def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+def group_advantages(rewards, group_size):
     """Reward minus the mean of its group of G, not divided by their deviation: (B,) -> (B,).
     Being in its own mean leaves a response 1 - 1/G of its gradient."""
     means = reduce(rewards, "(p g) -> p", "mean", g=group_size)
     return rewards - repeat(means, "p -> (p g)", g=group_size)
 
-def importance_weights(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor,
-                       mask: Tensor, kind: str = "token", token_cap: float = 5.0,
-                       sequence_cap: float = 2.0) -> Tensor:
+def importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, kind="token",
+                       token_cap=5.0, sequence_cap=2.0):
     """The constant that weighs each token's gradient, (B, T), 0 outside the mask.
     token     min(π_θ/μ_old, 5), the cap of arXiv 2512.01374
     sequence  min(Π_t π_θ/μ_old, 2), the product over the response; 2 is the usual cap
@@ -405,8 +393,7 @@ def importance_weights(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs:
         return log_weights.sum(1, keepdim=True).clamp(max=math.log(sequence_cap)).exp() * mask
     return log_weights.clamp(max=math.log(token_cap)).exp() * mask
 
-def clip_gate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2,
-              clip_high: float = 0.27) -> Tensor:
+def clip_gate(logprobs, old_logprobs, advantages, clip_low=0.2, clip_high=0.27):
     """False where an update would push a token further out of the trust region. advantages (B,).
     With r = π_θ/π_old:  Â > 0 and r > 1 + ε_high,  or  Â < 0 and r < 1 - ε_low."""
     log_ratio = (logprobs - old_logprobs).detach()  # π_old, not μ_old: staleness only
@@ -414,56 +401,52 @@ def clip_gate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_l
     too_low = (advantages[:, None] < 0) & (log_ratio < math.log1p(-clip_low))
     return ~(too_high | too_low)
 
-def minirl_loss(logprobs: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor,
-                advantages: Tensor, mask: Tensor, *, n_sequences: int, n_tokens: int,
-                clip: bool = True, importance_sampling: str = "token", length_norm: bool = False):
+def minirl_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, *, n_sequences,
+                n_tokens, clip=True, importance_sampling="token", length_norm=False):
     """MiniRL (arXiv 2512.01374, equation 7): sum over tokens, mean over responses. advantages (B,).
     n_sequences and n_tokens count the whole mini-batch, of which this may be a part; MiniRL divides
     by the first, objectives that average over tokens by the second. -> loss (), gate (B, T)."""
     logprobs, old_logprobs, rollout_logprobs = (  # outside the mask even NaN has no influence
         x.masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs, rollout_logprobs))
-    weights = importance_weights(
-        logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
+    weights = importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
     gate = clip_gate(logprobs, old_logprobs, advantages) if clip else torch.ones_like(mask)
     objective = weights * gate * advantages[:, None] * logprobs
     if length_norm:
         objective = objective / mask.sum(1, keepdim=True).clamp(min=1)
     return -objective.sum() / n_sequences, gate
 
-def kl_k1(sampled: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+def kl_k1(sampled, other, mask):
     """KL(p‖q) a token, from log p and log q of tokens sampled from p: the mean of log p - log q."""
     return (sampled.double() - other.double())[mask].mean()
 
-def kl_k3(sampled: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+def kl_k3(sampled, other, mask):
     """The same by q/p - 1 - log q/p, never negative; fp64 expm1 keeps the digits near zero."""
     x = (other.double() - sampled.double())[mask]
     return (x.expm1() - x).mean()
 
-def extreme_token_fraction(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
-                           tau: float = 2.0) -> Tensor:
+def extreme_token_fraction(old_logprobs, rollout_logprobs, mask, tau=2.0):
     """F(τ) of arXiv 2510.11370: share of tokens with max(ρ, 1/ρ) > τ, where ρ = π_old/μ_old."""
     return ((old_logprobs - rollout_logprobs)[mask].abs() > math.log(tau)).double().mean()
 
-def effective_sample_size(log_weights: Tensor, mask: Tensor) -> Tensor:
+def effective_sample_size(log_weights, mask):
     """(Σw)² / (n Σw²) of masked tokens: 1 if all weights are equal, 1/n if one has everything."""
     x = log_weights.double()[mask]
     w = (x - x.max()).exp()
     return w.sum().square() / (len(w) * w.square().sum())
 
-def routing_agreement(routing: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+def routing_agreement(routing, other, mask):
     """Share of masked tokens where both chose one set of experts. (B, T, L, A) twice -> (L,)."""
     same = (routing.sort(-1).values == other.sort(-1).values).all(-1)  # columns have no order
     return same[mask].double().mean(0)
 
 # -------------------------------------------------------------------------------- 6 Train step
-def policy(model: Model, batch: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+def policy(model, batch: Rollout):
     """π on a batch -> logprobs (B, T), entropies (B, T), live routing (B, T, L, A)."""
     logits, routing = model(batch.tokens[:, :-1], batch.replay, batch.fed)
     logprobs = token_logprobs(logits, batch.tokens[:, 1:], model.config.temperature)
     return logprobs, entropy(logits.detach(), model.config.temperature), routing
 
-def prepare_batch(model: Model, rollout: Rollout, version: int,
-                  advantage_fn: Callable = group_advantages) -> Rollout:
+def prepare_batch(model, rollout: Rollout, version, advantage_fn=group_advantages) -> Rollout:
     """Advantages, π_old and the routing to replay, for a rollout batch before it is split.
     ValueError if it was sampled with other weights than those of policy `version`."""
     c = model.config
@@ -484,7 +467,7 @@ def prepare_batch(model: Model, rollout: Rollout, version: int,
 def adamw(model: Model, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay, fused=True)
 
-def descend(model: Model, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+def descend(model, optimizer, loss):
     """Follows the gradient -> its norm. FloatingPointError, weights kept, if it is not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not (loss.isfinite() and norm.isfinite()):
@@ -492,8 +475,7 @@ def descend(model: Model, optimizer: torch.optim.Optimizer, loss: Tensor) -> Ten
     optimizer.step()
     return norm
 
-def train_step(model: Model, optimizer: torch.optim.Optimizer, batch: Rollout,
-               loss_fn: Callable = minirl_loss) -> dict:
+def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
     """One update from one mini-batch -> metrics, all of them from before the update."""
     mask, mu, passes = batch.mask, batch.rollout_logprobs, []
     optimizer.zero_grad()
@@ -543,7 +525,7 @@ def cold_start(c: Config) -> Model:
         optimizer.zero_grad()
         loss.backward()
         descend(model, optimizer, loss)
-    write_aside(path, lambda aside: torch.save(model.state_dict(), aside))
+    write_aside(path, partial(torch.save, model.state_dict()))
     return model
 
 def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
@@ -572,15 +554,14 @@ def draw(rows: list[dict], path: Path):
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         kl = name.endswith("kl")  # a log axis has no place for 0, the first mini-batch's staleness
         points = [(row["update"], row[name]) for row in rows
-                  if row.get(name) is not None and not (kl and row[name] == 0)]
+                  if row.get(name) not in (None, 0 if kl else None)]
         axes.plot(*zip(*points), marker="." if name == "score" else "")
         axes.set(title=title, xlabel="update", yscale="log" if kl else "linear")
         axes.grid(alpha=0.3)
     axes.legend([f"layer {i}" for i in range(len(points[0][1]))])
-    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=100))
+    write_aside(path, partial(figure.savefig, format="png", dpi=100))
 
-def learn(model: Model, optimizer: torch.optim.Optimizer, rows: list[dict],
-          loss_fn: Callable | None = None, advantage_fn: Callable = group_advantages):
+def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_advantages):
     """RL from len(rows) updates on, a rollout batch at a time: appends a row of metrics for each
     update and yields after each batch. loss_fn and advantage_fn replace MiniRL's."""
     c, engine = model.config, InferenceEngine(model.config, model.config.rollout_precision)
@@ -608,12 +589,10 @@ def train(c: Config, resume: bool = False, **functions: Callable):
     """A run in runs/NAME, new or on from its checkpoint; functions go to learn. Checkpoint and
     metrics are written after every rollout batch, the picture at whatever end."""
     folder, rows = Path("runs", c.name), []
-    folder.mkdir(parents=True, exist_ok=resume)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
     model = cold_start(c)
-    optimizer = adamw(model, c.lr)
-    before = evaluate(model)
-    first = {"update": 0, "score": before.rewards.mean().item()}
+    optimizer, before = adamw(model, c.lr), evaluate(model)
     if resume:
         state = torch.load(folder / "checkpoint.pt", map_location="cpu")
         model.load_state_dict(state["model"])
@@ -623,25 +602,25 @@ def train(c: Config, resume: bool = False, **functions: Callable):
     def save():
         state = {"config": asdict(c), "rows": rows, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict()}
-        write_aside(folder / "checkpoint.pt", lambda aside: torch.save(state, aside))
+        write_aside(folder / "checkpoint.pt", partial(torch.save, state))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_aside(folder / "metrics.jsonl", lambda aside: aside.write_text(lines))
 
     save()
+    first = {"update": 0, "score": before.rewards.mean().item()}
     print(f"{folder}: score {first['score']:.3f} before RL\n"
           "update  score  reward  entropy  KL(μ‖π)  staleness  clipped  seconds")
     table = ("{update:6} {score:6.3f} {reward:7.3f} {entropy:8.3f} {mismatch_kl:8.1e} "
              "{staleness_kl:10.1e} {clip_fraction:8.4f} {seconds:8.2f}")
-    bar = tqdm(total=c.updates, initial=len(rows), disable=None, leave=False)
     try:
-        for row in learn(model, optimizer, rows, **functions):
-            save()
-            if row["score"] is not None:
-                bar.write(table.format(**row))
-            bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}".format(**row))
-            bar.update(c.mini_batches)
+        with tqdm(total=c.updates, initial=len(rows), disable=None, leave=False) as bar:
+            for row in learn(model, optimizer, rows, **functions):
+                save()
+                if row["score"] is not None:
+                    bar.write(table.format(**row))
+                bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}".format(**row))
+                bar.update(c.mini_batches)
     finally:
-        bar.close()
         if rows:
             draw([first] + rows, folder / "curves.png")
     after = evaluate(model)
@@ -649,21 +628,25 @@ def train(c: Config, resume: bool = False, **functions: Callable):
         for when, rollout in (("before", before), ("after", after)):
             text = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
             print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {text}")
+    print(f"{folder}/curves.png has the curves, metrics.jsonl beside it the numbers")
 
-def main(argv: list[str] | None = None) -> int:
-    """A command line -> the exit code: 0, 1 for a run that failed, 2 for one that was refused."""
-    def refuse(message: str):
-        raise ValueError(f"{message}; --help lists the options")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = refuse
-    parser.add_argument("--resume", metavar="NAME", help="continue runs/NAME from its checkpoint")
-    for f in fields(Config):
+def command_line(config: type, description: str) -> argparse.ArgumentParser:
+    """A parser with a flag for each field of a Config; what was not given is not in its answer."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
+    for f in fields(config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "metavar": "|".join(f.metadata["choices"]) or f.type.__name__}
-        parser.add_argument(flag(f.name), help=f"{f.metadata['text']} [{f.default}]", **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=f"{f.metadata['text']} [{f.default}]")
+    return parser
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 1 for a run that failed; SystemExit 2 for one that was refused."""
+    parser = command_line(Config, __doc__.split("\n")[0])
+    parser.add_argument("--resume", metavar="NAME", help="continue runs/NAME from its checkpoint")
+    given = vars(parser.parse_args(argv))
     try:
-        given = vars(parser.parse_args(argv))
         if resume := "resume" in given:
             path = Path("runs", given.pop("resume"), "checkpoint.pt")
             if not path.exists():
@@ -677,18 +660,13 @@ def main(argv: list[str] | None = None) -> int:
         if Path("runs", c.name).exists() and not resume:
             raise ValueError(f"--name {c.name}: is taken; give another, or --resume {c.name}")
     except ValueError as refusal:
-        print(f"nano_moe_rl.py: {refusal}", file=sys.stderr)
-        return 2
+        parser.error(str(refusal))
     try:  # a ValueError from here on is a bug, and shows where it is
         train(c, resume)
-    except FileExistsError:
-        print(f"nano_moe_rl.py: runs/{c.name} was taken meanwhile; give --name", file=sys.stderr)
-        return 2
     except (FloatingPointError, KeyboardInterrupt) as reason:
         print(f"stopped by {reason or 'Ctrl-C'}; --resume {c.name} goes on from the last good "
               f"checkpoint, runs/{c.name}/checkpoint.pt (none before RL)", file=sys.stderr)
         return 130 if isinstance(reason, KeyboardInterrupt) else 1
-    print(f"runs/{c.name}/curves.png has the curves, metrics.jsonl beside it the numbers")
     return 0
 
 if __name__ == "__main__":
