@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
@@ -25,6 +26,15 @@ def model(config):
 def rollout(config, model):
     """Graded rollout of 6 prompts with 4 responses each, of uneven lengths, fp8 against fp32."""
     return sample_rollout(model, "fp8")
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """A process group of one, as torchrun makes larger ones."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def sample_rollout(model, precision, n_prompts=6, seed=0, **changes):

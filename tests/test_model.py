@@ -3,23 +3,9 @@
 import pytest
 import torch
 from conftest import sample_rollout
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from scaled.export import transformers_twin
 
 import nano_moe_rl as nano
-
-
-def transformers_twin(model):
-    c = model.config
-    twin = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=len(nano.VOCABULARY), hidden_size=c.width, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
-        num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_width,
-        norm_topk_prob=True, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0,
-        max_position_embeddings=c.context))
-    weights = {("" if name.startswith("lm_head") else "model.") + name: weight
-               for name, weight in model.state_dict().items()}
-    twin.load_state_dict(weights, strict=True)
-    return twin.eval()
 
 
 @pytest.mark.parametrize("shape", [dict(width=64, heads=2, kv_heads=1), dict(width=128, heads=4, kv_heads=2),

@@ -1,0 +1,111 @@
+"""Every dial of a scaled run: a flat TOML file, and the command line made from the same fields."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from nano_moe_rl import check, check_options, option
+
+
+@dataclass(frozen=True)
+class Config:
+    """ValueError, in one line, if an option is refused. What needs the data, the checkpoint or the
+    number of processes to be judged is checked by those who have them."""
+    # the run
+    name: str = option("", "folder under runs/; left out, the name of the configuration file")
+    seed: int = option(0, "decides the order of prompts and every sample", low=0)
+    updates: int = option(100, "gradient updates")
+    checkpoint_every: int = option(20, "updates between checkpoints")
+    keep: int = option(2, "checkpoints kept; older ones are removed")
+    tensorboard: bool = option(False, "write event files beside metrics.jsonl")
+
+    # the model
+    checkpoint: str = option("", "Hugging Face folder to start from")
+    nano_cold_start: bool = option(False, "make that folder, with data, by nano_moe_rl's cold start")
+    trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
+
+    # data and rewards
+    train_data: str = option("", "JSONL or Parquet file, or a name on the hub")
+    eval_data: str = option("", "the same, held out; left out, no score")
+    prompt_column: str = option("prompt", "text, or a list of chat messages")
+    answer_column: str = option("answer", "what the reward compares with")
+    chat: bool = option(True, "wrap prompts in the tokenizer's chat template")
+    reward: str = option("math_verify", "that, exact_match, running_sum, or module:function")
+    max_prompt: int = option(1024, "tokens; a longer prompt is refused")
+    max_response: int = option(8192, "tokens, after which a response is cut off")
+
+    # reinforcement learning, as in nano_moe_rl
+    prompts: int = option(64, "P, prompts an update")
+    group_size: int = option(16, "G, responses to one prompt")
+    mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy")
+    replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
+    clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
+    importance_sampling: str = option("token", "in the loss", "token", "sequence", "none")
+    length_norm: bool = option(False, "divide a response's loss by its length")
+    temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=1e-5)
+
+    # the training engine
+    lr: float = option(1e-6, "learning rate", low=1e-12)
+    warmup: int = option(10, "updates in which it rises to that")
+    weight_decay: float = option(0.0, "of AdamW", low=0)
+    gradient_norm: float = option(1.0, "bound of the gradient's norm", low=1e-9)
+    train_precision: str = option("bf16", "of π; the master weights are fp32", "bf16", "fp32")
+    token_budget: int = option(16384, "tokens, padding included, in one forward pass of a rank")
+    logits_mib: int = option(512, "MiB of fp32 logits in a chunk; about four such exist at once")
+    gradient_checkpointing: bool = option(True, "recompute layers in the backward pass")
+    cpu_offload: bool = option(False, "keep weights and optimiser state in host memory")
+
+    # the inference engine
+    rollout_precision: str = option("bf16", "of μ", "fp32", "bf16", "fp8", "int8")
+    tensor_parallel: int = option(1, "processes that serve one copy of the model")
+    gpu_memory: float = option(0.6, "share of a GPU's memory for the engine, awake", low=0.01)
+    check_sync: int = option(3, "weight synchronisations that are checked, from the first", low=0)
+
+    # evaluation
+    eval_every: int = option(20, "updates between scores")
+    eval_samples: int = option(1, "responses to a held-out prompt; their mean is its score")
+    eval_top_p: float = option(1.0, "nucleus of evaluation; training always samples from all", low=0.01)
+
+    def __post_init__(c):
+        check_options(c)
+        for name, fine, remedy in (
+                ("checkpoint", c.checkpoint, "the folder of a Hugging Face checkpoint"),
+                ("train_data", c.train_data, "a JSONL or Parquet file, or a name on the hub"),
+                ("group_size", c.group_size > 1, "2 or more: advantages compare responses"),
+                ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
+                ("gpu_memory", c.gpu_memory < 1, "a share below 1"),
+                ("eval_top_p", c.eval_top_p <= 1, "at most 1"),
+                ("token_budget", c.token_budget >= c.max_length, f"{c.max_length} or more, a whole row"),
+                ("name", Path(c.name).name == c.name not in ("..", "cold_start"), "one without /")):
+            check(c, name, bool(fine), remedy)
+
+    max_length = property(lambda c: c.max_prompt + c.max_response)
+
+    def check_processes(c, world_size: int):
+        """ValueError if the batch cannot be shared out over this many processes."""
+        engines = world_size // c.tensor_parallel
+        share = f"with {world_size} processes and --tensor-parallel {c.tensor_parallel}, "
+        for name, fine, remedy in (
+                ("tensor_parallel", world_size % c.tensor_parallel == 0,
+                 f"a divisor of the {world_size} processes"),
+                ("prompts", engines and c.prompts % engines == 0, f"{share}a multiple of {engines}"),
+                ("group_size", c.prompts * c.group_size % world_size == 0,
+                 f"{share}one that makes prompts x group_size a multiple of {world_size}")):
+            check(c, name, bool(fine), remedy)
+
+
+def read_config(path: str, given: dict) -> Config:
+    """The file's options, and over them those of the command line. ValueError names what is wrong."""
+    known, file = {f.name: f.type for f in fields(Config)}, Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config {path}: there is no such file; scaled/configs has examples")
+    try:
+        options = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: is not TOML: {error}") from None
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"--config {path}: {name} is no option; --help lists them")
+        if known[name] is float and type(value) is int:
+            options[name] = float(value)
+    return Config(**{"name": file.stem} | options | given)

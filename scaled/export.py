@@ -1,0 +1,115 @@
+"""Hugging Face folders, which transformers and vLLM load, from checkpoints of both sizes.
+
+    python -m scaled.export runs/run-1/checkpoint.pt DIR             # of nano_moe_rl.py
+    python -m scaled.export runs/laptop DIR                          # the newest of a scaled run
+    torchrun --nproc-per-node 8 -m scaled.export runs/NAME DIR       # the same on several GPUs
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import nano_moe_rl as nano
+
+
+def transformers_twin(model: nano.Model):
+    """The same policy as transformers' Qwen3MoeForCausalLM, with a copy of the weights."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    c = model.config
+    twin = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=len(nano.VOCABULARY), hidden_size=c.width, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+        num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_width,
+        norm_topk_prob=True,  # transformers' default is False
+        tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4,
+        max_position_embeddings=c.context, bos_token_id=None, eos_token_id=nano.EOS,
+        pad_token_id=nano.EOS))
+    weights = {("" if name.startswith("lm_head") else "model.") + name: weight.cpu()
+               for name, weight in model.state_dict().items()}
+    twin.load_state_dict(weights, strict=True)
+    return twin.eval()
+
+
+def nano_tokenizer():
+    """One token for each symbol of nano's vocabulary, with nano's ids."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(nano.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=nano.VOCABULARY[nano.EOS]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    end = nano.VOCABULARY[nano.EOS]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+
+
+def export_nano(model: nano.Model, folder: Path):
+    """A Hugging Face folder with the weights, configuration and tokenizer of a nano policy."""
+    transformers_twin(model).save_pretrained(folder)
+    nano_tokenizer().save_pretrained(folder)
+
+
+def write_task(c: nano.Config, path: Path, n: int, seed: int):
+    """n prompts of the running-sum task, with answers, as JSONL."""
+    prompts, lengths = nano.make_prompts(n, c, torch.Generator().manual_seed(seed))
+    with open(path, "w") as file:
+        for prompt, length in zip(prompts.tolist(), lengths.tolist()):
+            row = {"prompt": "".join(nano.VOCABULARY[token] for token in prompt[:length]),
+                   "answer": str(sum(prompt[:length - 1]) % 10)}
+            file.write(json.dumps(row) + "\n")
+
+
+def export_cold_start(folder: Path, seed: int):
+    """nano's cold start of a seed as a checkpoint to train from, with train.jsonl and eval.jsonl."""
+    c = nano.Config(seed=seed)
+    export_nano(nano.cold_start(c), folder)
+    write_task(c, folder / "train.jsonl", 16384, 2 * seed)
+    write_task(c, folder / "eval.jsonl", 512, 2 * seed + 1)
+
+
+def main(argv: list[str]) -> int:
+    from scaled.ranks import RANK, Ranks, refuse
+
+    if len(argv) != 2:
+        refuse("give a checkpoint and a new folder: python -m scaled.export CHECKPOINT DIR")
+    source, folder = Path(argv[0]), Path(argv[1])
+    if folder.exists():
+        refuse(f"{folder} exists: give a new folder")
+    if source.is_file():
+        if RANK == 0:
+            try:
+                state = torch.load(source, map_location="cpu")
+                model = nano.Model(nano.Config(**state["config"]))
+                model.load_state_dict(state["model"])
+            except Exception as error:
+                refuse(f"{source} is no checkpoint of nano_moe_rl.py: {error}")
+            export_nano(model, folder)
+            print(f"{folder} has the policy after {len(state['rows'])} updates")
+        return 0
+
+    from transformers import AutoTokenizer
+    from scaled import checkpoint
+    from scaled.policy import load_policy, save_pretrained
+
+    if not (saved := checkpoint.checkpoints(source)) or not (source / "config.json").exists():
+        refuse(f"{source} has no checkpoint: give a checkpoint.pt, or the folder of a scaled run")
+    options = json.loads((source / "config.json").read_text())
+    ranks = Ranks()
+    try:
+        policy = load_policy(options["checkpoint"], precision="fp32", logits_bytes=1,
+                             gradient_checkpointing=False, cpu_offload=options["cpu_offload"],
+                             trust_remote_code=options["trust_remote_code"], device=nano.DEVICE)
+        version = checkpoint.load(saved[-1], policy, None)
+        save_pretrained(policy, folder, AutoTokenizer.from_pretrained(options["checkpoint"]))
+    except ValueError as error:
+        ranks.fail(str(error), code=2)
+    if RANK == 0:
+        print(f"{folder} has the policy after {version} updates")
+    ranks.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""Sums and counts of a mini-batch, so that a mean over ranks is not a mean of means; time; memory."""
+
+import resource
+import time
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from nano_moe_rl import (DEVICE, Rollout, effective_sample_size, extreme_token_fraction, kl_k3,
+                         routing_agreement)
+
+
+class Sums:
+    """Weighted sums by name; `means` is the same number on every rank."""
+
+    def __init__(self):
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, name: str, mean, count):
+        """A mean, () or (n,), over `count` of something."""
+        mean = torch.as_tensor(mean, dtype=torch.float64).cpu()
+        row = torch.cat([mean.reshape(-1) * count, torch.tensor([count], dtype=torch.float64)])
+        self.totals[name] = self.totals.get(name, 0) + row
+
+    def add_pass(self, part: Rollout, logprobs, old_logprobs, entropies, routing, gate):
+        """What one training forward says, before its update: the metrics of nano_moe_rl."""
+        mask, mu = part.mask, part.rollout_logprobs
+        tokens, fed, rows = int(mask.sum()), int(part.fed.sum()), len(mask)
+        log_weights = logprobs - mu
+        weights = log_weights[mask].double().exp().sum()
+        self.add("reward", part.rewards.mean(), rows)
+        self.add("response_length", (part.lengths - part.prompt_lengths).double().mean(), rows)
+        self.add("entropy", entropies[mask].mean(), tokens)
+        self.add("mismatch_kl", kl_k3(mu, old_logprobs, mask), tokens)
+        self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
+        self.add("extreme_token_fraction", extreme_token_fraction(old_logprobs, mu, mask), tokens)
+        self.add("clip_fraction", 1 - gate[mask].double().mean(), tokens)
+        self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
+        self.add("weight", weights / tokens, tokens)  # these two make the effective sample size
+        squares = weights**2 / (tokens**2 * effective_sample_size(log_weights, mask))
+        self.add("squared_weight", squares, tokens)
+
+    def means(self) -> dict:
+        """Name -> mean over all ranks, a float or a list. A collective: all ranks have the same names."""
+        names = sorted(self.totals)
+        flat = torch.cat([self.totals[name] for name in names]).to(DEVICE)
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        parts = flat.cpu().split([len(self.totals[name]) for name in names])
+        means = {name: (part[:-1] / part[-1]) for name, part in zip(names, parts)}
+        if "weight" in means:
+            means["effective_sample_size"] = means.pop("weight")**2 / means.pop("squared_weight")
+        return {name: x.tolist() if len(x) > 1 or name == "routing_agreement" else x.item()
+                for name, x in means.items()}
+
+
+def missing_routes(rollout: Rollout) -> int:
+    """(token, layer) pairs of fed tokens whose experts are not all different: no route came."""
+    order = rollout.routing[rollout.fed].short().sort(-1).values
+    return int((order.diff() == 0).any(-1).sum())
+
+
+def peak_memory() -> float:
+    """GiB: on a GPU the most that torch had allocated since the last call, else the most that the
+    process ever occupied. The largest of all ranks; a collective."""
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.tensor(peak, device=DEVICE)
+    if dist.is_initialized():
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return peak.item()
+
+
+class Phases:
+    """Seconds of each phase of a rollout batch on this rank, and a bar over updates that names them."""
+
+    def __init__(self, total: int, done: int, silent: bool):
+        self.seconds: dict[str, float] = {}
+        self.bar = tqdm(total=total, initial=done, disable=True if silent else None, leave=False)
+
+    @contextmanager
+    def __call__(self, name: str):
+        began = time.perf_counter()
+        self.bar.set_postfix_str(name)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

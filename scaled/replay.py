@@ -1,0 +1,199 @@
+"""Routing replay around Hugging Face models: a context manager answers each router's final top-k.
+
+    with RoutingReplay(model, replay, mask) as routes:    # replay None: the model's own experts
+        loss_of(model(tokens).logits).backward()          # gradient checkpointing recomputes here
+    routes.routing                                        # (B, T, L, A), the live top-k
+
+Only the selection is given. Scoring (softmax or sigmoid, groups, correction bias), weighting and
+the router's gradient stay those of the family, because its own forward runs around the answer.
+Everything that depends on a model family is in this file. N is B·T here, padding included.
+"""
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nano_moe_rl import check_routes
+
+# ----------------------------------------------------------------------------------- Families
+def every_layer(config) -> list[int]:
+    return list(range(config.num_hidden_layers))
+
+def after_dense(config) -> list[int]:
+    return every_layer(config)[config.first_k_dense_replace:]
+
+def sparse_step(config) -> list[int]:
+    return [i for i in every_layer(config) if (i + 1) % config.decoder_sparse_step == 0
+            and i not in config.mlp_only_layers and config.num_experts > 0]
+
+def interval(config) -> list[int]:
+    inside = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
+    return [i for i in every_layer(config)
+            if (i + 1) % config.moe_layer_interval == 0 and i in inside]
+
+# The allow-list, by config.model_type: router class, its E in the config, which layers are MoE.
+FAMILIES: dict[str, tuple[str, str, Callable]] = {
+    "qwen2_moe": ("Qwen2MoeTopKRouter", "num_experts", sparse_step),
+    "qwen3_moe": ("Qwen3MoeTopKRouter", "num_experts", sparse_step),
+    "qwen3_next": ("Qwen3NextTopKRouter", "num_experts", sparse_step),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTopKRouter", "num_experts", every_layer),
+    "mixtral": ("MixtralTopKRouter", "num_local_experts", every_layer),
+    "olmoe": ("OlmoeTopKRouter", "num_experts", every_layer),
+    "deepseek_v2": ("DeepseekV2TopkRouter", "n_routed_experts", after_dense),
+    "deepseek_v3": ("DeepseekV3TopkRouter", "n_routed_experts", after_dense),
+    "glm4_moe": ("Glm4MoeTopkRouter", "n_routed_experts", after_dense),
+    "gpt_oss": ("GptOssTopKRouter", "num_local_experts", every_layer),
+    "granitemoe": ("GraniteMoeTopKRouter", "num_local_experts", every_layer),
+    "minimax_m2": ("MiniMaxM2TopKRouter", "num_local_experts", every_layer),
+    "ernie4_5_moe": ("Ernie4_5_MoeTopKRouter", "moe_num_experts", interval),
+    "dots1": ("Dots1TopkRouter", "n_routed_experts", after_dense),
+}
+
+def text_config(config):
+    """The part that describes the language model. ValueError for a family that is not listed."""
+    config = config.get_text_config()
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"routing replay does not know model_type {config.model_type!r}; it knows "
+                         f"{', '.join(FAMILIES)}")
+    return config
+
+def moe_layers(config) -> list[int]:
+    """Decoder layers that have a router, ascending. ValueError: unknown family, or none has."""
+    config = text_config(config)
+    if not (layers := FAMILIES[config.model_type][2](config)):
+        raise ValueError(f"routing replay: this {config.model_type} config has no MoE layer")
+    return layers
+
+def route_shape(config) -> tuple[int, int, int]:
+    """(L, A, E): MoE layers, experts a token, experts. ValueError as in moe_layers."""
+    layers, config = moe_layers(config), text_config(config)
+    return len(layers), config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type][1])
+
+def routers(model: nn.Module) -> dict[int, nn.Module]:
+    """Index of the decoder layer -> its router, ascending; dense layers have none. ValueError as in
+    moe_layers, or if the modules are not those that the config promises."""
+    layers, family = moe_layers(model.config), text_config(model.config).model_type
+    package = family.removesuffix("_text")
+    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
+    kind = getattr(modeling, FAMILIES[family][0])
+    # by the name, never by counting; wrappers may add components to it, fully_shard a subclass
+    found = [(int(re.findall(r"\blayers\.(\d+)\.", name)[-1]), module)
+             for name, module in model.named_modules() if isinstance(module, kind)]
+    if [layer for layer, _ in found] != layers:
+        raise ValueError(f"routing replay: this {family} has a {kind.__name__} in layers "
+                         f"{[layer for layer, _ in found]}, its config says {layers}; load it with "
+                         "transformers' own class")
+    return dict(found)
+
+# ------------------------------------------------------------------------------------- Replay
+class _Selection(TorchFunctionMode):
+    """Answers the top-A over (N, E) scores with select(live (N, A)) -> (N, A) and their scores.
+    Top-k of other shapes, as over groups of experts, are left alone."""
+    def __init__(self, A: int, E: int, select: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.A, self.E, self.select, self.answered = A, E, select, 0
+        self.masked = self.unmasked = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is Tensor.masked_fill:
+            # DeepSeek-V2 takes its weights from scores that are 0 outside the live groups: a
+            # replayed expert there would have weight 0 and no gradient
+            self.masked, self.unmasked = out, args[0]
+        if func in (torch.topk, Tensor.topk):
+            scores, live = args[0], out[1]
+            if scores.dim() == 2 and scores.shape[1] == self.E and live.shape[1] == self.A:
+                self.answered += 1
+                scores = self.unmasked if scores is self.masked else scores
+                experts = self.select(live)
+                # gather saves more for backward than top-k. A checkpointed layer that is
+                # recomputed outside the context, natively, is thereby an error of torch's
+                return torch.return_types.topk((scores.gather(-1, experts), experts))
+        return out
+
+class RoutingReplay:
+    """Inside it, one forward of `model` on (B, T) tokens routes as told, and so does what its
+    backward recomputes. replay (B, T, L, A), a narrow integer dtype on any device, or None: the
+    live top-k. mask (B, T) bool, True on real tokens. Padding goes to experts in turn: it cannot
+    overload one, and its routes are neither read nor counted. Afterwards the model is as before.
+
+    ValueError: unknown family, wrong shape, a real token without a valid route. RuntimeError: a
+    router that does not fire exactly once in the forward, or is inside another RoutingReplay."""
+    def __init__(self, model: nn.Module, replay: Tensor | None, mask: Tensor):
+        L, self.A, self.E = route_shape(model.config)
+        self.routers, self.live = routers(model), {}
+        self.dtype = torch.uint8 if self.E <= 256 else torch.int16
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}: give bool (B, T)")
+        if replay is not None:
+            if replay.dtype == torch.uint8 and self.E > 256:
+                raise ValueError(f"replay is uint8, in which ids of {self.E} experts wrap: give "
+                                 "int16")
+            check_routes(replay, mask.to(replay.device), (*mask.shape, L, self.A), self.E)
+            replay = replay.flatten(0, 1)
+        self.shape, self.replay, self.mask = mask.shape, replay, mask.flatten()[:, None]
+        turn = (~self.mask).cumsum(0) * self.A + torch.arange(self.A, device=mask.device)
+        self.spread = (turn % self.E).to(self.dtype)  # (N, A), different within a row
+
+    def __enter__(self):
+        for layer, router in self.routers.items():
+            if "forward" in vars(router):
+                raise RuntimeError(f"the router of layer {layer} already has a replaced forward: "
+                                   "leave the other RoutingReplay, or remove the wrapper, first")
+        self.live = {}
+        for column, (layer, router) in enumerate(self.routers.items()):
+            router.forward = partial(self._route, layer, column, router.forward)
+        return self
+
+    def __exit__(self, failure, *_):
+        for router in self.routers.values():
+            del router.forward
+        if failure is None:
+            self._check_fired()
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("a model copied inside a RoutingReplay would replay too: copy it before")
+
+    @property
+    def routing(self) -> Tensor:
+        """The live top-k of every layer, (B, T, L, A), also under replay; uint8 up to 256 experts,
+        else int16. Padding positions hold anything. RuntimeError before the forward."""
+        self._check_fired()
+        return torch.stack([self.live[layer] for layer in self.routers], 1).unflatten(0, self.shape)
+
+    def _check_fired(self):
+        if silent := [layer for layer in self.routers if layer not in self.live]:
+            raise RuntimeError(f"{len(self.live)} of {len(self.routers)} routers fired, not those "
+                               f"of layers {silent}: run the whole model inside RoutingReplay")
+
+    def _route(self, layer: int, column: int, forward: Callable, *args, **kwargs):
+        with _Selection(self.A, self.E, partial(self._select, layer, column)) as selection:
+            out = forward(*args, **kwargs)
+        if selection.answered != 1:
+            raise RuntimeError(f"the router of layer {layer} took {selection.answered} top-{self.A}"
+                               f" of {self.E} experts where one was expected")
+        return out
+
+    def _select(self, layer: int, column: int, live: Tensor) -> Tensor:
+        """The experts (N, A) that one router uses, int64."""
+        if len(live) != len(self.mask):
+            raise RuntimeError(f"the model ran on {len(live)} tokens, RoutingReplay got a mask of "
+                               f"{tuple(self.shape)}")
+        # A recompute sees what the forward saw, even where the kernels do not repeat bit for bit
+        recomputed = torch._C._current_graph_task_id() != -1  # -1: not inside a backward
+        if recomputed != (layer in self.live):
+            raise RuntimeError(f"the router of layer {layer} was recomputed without a forward, or "
+                               "ran twice: one forward, with its backward, in a RoutingReplay")
+        if not recomputed:
+            self.live[layer] = live.to(self.dtype)
+        self.mask, self.spread = self.mask.to(live.device), self.spread.to(live.device)
+        if self.replay is None:
+            chosen = self.live[layer]
+        else:
+            self.replay = self.replay.to(live.device)  # narrow; once, all layers
+            chosen = self.replay[:, column]
+        return chosen.long().where(self.mask, self.spread.long())

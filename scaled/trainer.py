@@ -1,0 +1,78 @@
+"""The train step of nano_moe_rl.py on a sharded policy: same maths, micro-batches by length."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nano_moe_rl import DEVICE, Rollout, minirl_loss
+from scaled.batches import equal_passes, take
+from scaled.config import Config
+from scaled.metrics import Sums
+from scaled.policy import Policy
+from scaled.replay import RoutingReplay
+
+
+def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
+    """The rows of each forward pass, and these rows on the device. As many passes on every rank;
+    one without rows carries a stand-in that counts for nothing."""
+    for rows in equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE):
+        part = take(batch, rows)  # routes stay narrow, here and on the device
+        yield rows, replace(part, **{name: x.to(DEVICE) for name, x in vars(part).items()
+                                     if isinstance(x, Tensor)})
+
+
+def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
+    """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards and
+    advantages are there already. ValueError if a real token has no route to replay."""
+    batch = replace(rollout)
+    if c.replay == "R3":
+        batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
+    if c.mini_batches == 1:  # the training forward is π_old and π_θ at once
+        return batch
+    old_logprobs, routing = torch.zeros_like(rollout.rollout_logprobs), rollout.routing.clone()
+    for rows, part in passes(batch, c):
+        with torch.no_grad(), RoutingReplay(policy.model, part.replay, part.fed) as routes:
+            logprobs, _ = policy(part.tokens, part.fed, c.temperature)
+        if rows:
+            columns = logprobs.shape[1]
+            old_logprobs[rows, :columns] = logprobs.cpu()
+            routing[rows, :columns] = routes.routing.to(routing)
+    batch.old_logprobs = old_logprobs
+    if c.replay == "R2":
+        batch.replay = routing  # π_θ uses the experts of π_old
+    return batch
+
+
+def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
+               c: Config) -> dict:
+    """One update from one mini-batch, of which every rank has its rows -> metrics, all of them from
+    before the update. FloatingPointError on every rank, weights kept, if it is not finite."""
+    counts = torch.stack([torch.tensor(len(batch.tokens)), batch.mask.sum()]).to(DEVICE)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    n_sequences, n_tokens = counts.tolist()  # of the whole mini-batch: one denominator
+    sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
+    optimizer.zero_grad()
+    for rows, part in passes(batch, c):
+        with RoutingReplay(policy.model, part.replay, part.fed) as routes:
+            logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
+            old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+            loss, gate = minirl_loss(
+                logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
+                n_sequences=n_sequences, n_tokens=n_tokens, clip=c.clip,
+                importance_sampling=c.importance_sampling, length_norm=c.length_norm)
+            loss.backward()  # inside: a checkpointed layer is routed again here
+        loss_sum += loss.detach()
+        if rows:
+            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate)
+    if dist.is_initialized():
+        dist.all_reduce(loss_sum)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)
+    norm = getattr(norm, "full_tensor", lambda: norm)()
+    if not (loss_sum.isfinite() and norm.isfinite()):  # the same on every rank
+        raise FloatingPointError(f"loss {loss_sum:.3g}, gradient norm {norm:.3g}")
+    optimizer.step()
+    return sums.means() | {"loss": loss_sum.item(), "grad_norm": norm.item()}

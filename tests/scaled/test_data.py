@@ -1,0 +1,238 @@
+"""Prompts through the real `datasets` and a real tokenizer, their order, and every refusal."""
+import json
+import os
+import socket
+
+import pytest
+
+os.environ["HF_DATASETS_OFFLINE"] = "1"  # before datasets is first imported
+
+import pyarrow
+import pyarrow.parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from scaled.data import Prompt, PromptOrder, load_prompts
+
+WORDS = "<bos> <unk> [system] [user] [assistant] be brief what is two plus three five hello".split()
+TEMPLATE = ("<bos>{% for m in messages %} [{{ m.role }}] {{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %} [assistant]{% endif %}")
+
+
+@pytest.fixture
+def tokenizer():
+    """One token a word, <bos> in front by default."""
+    base = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    base.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=base, bos_token="<bos>", unk_token="<unk>",
+                                   chat_template=TEMPLATE)
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch, tmp_path):
+    """No test may reach for the network; the list has who tried. Nor may one find a cache."""
+    import datasets
+    tried = []
+
+    def refuse(*address, **options):
+        tried.append(address)
+        raise OSError("the tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tried
+
+
+def write(path, rows):
+    """Rows as the file that the name asks for."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet"])
+def test_text_becomes_a_user_message(tmp_path, tokenizer, name):
+    source = write(tmp_path / name, [{"prompt": "what is two", "answer": "2", "other": 0},
+                                     {"prompt": "hello", "answer": "five", "other": 0},
+                                     {"prompt": "three plus two", "answer": "5", "other": 0}])
+    assert load_prompts(source, tokenizer, max_prompt=6) == [
+        Prompt(f"{name}:0", ids("<bos> [user] what is two [assistant]"), "2"),
+        Prompt(f"{name}:1", ids("<bos> [user] hello [assistant]"), "five"),
+        Prompt(f"{name}:2", ids("<bos> [user] three plus two [assistant]"), "5")]
+    briefly = load_prompts(source, tokenizer, max_prompt=9, system="be brief")
+    assert briefly[1].tokens == ids("<bos> [system] be brief [user] hello [assistant]")
+
+
+@pytest.mark.parametrize("name", ["talk.jsonl", "talk.parquet"])
+def test_messages_and_column_names(tmp_path, tokenizer, name):
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is two"},
+            {"role": "assistant", "content": "two is two"}, {"role": "user", "content": "plus"}]
+    source = write(tmp_path / name, [{"talk": talk[1:2], "truth": 7}, {"talk": talk, "truth": 12}])
+    options = {"prompt_column": "talk", "max_prompt": 99}
+    prompts = load_prompts(source, tokenizer, answer_column="truth", **options)
+    assert prompts[0].tokens == ids("<bos> [user] what is two [assistant]")
+    assert prompts[1].tokens == ids("<bos> [system] be brief [user] what is two [assistant] "
+                                    "two is two [user] plus [assistant]")
+    assert [p.answer for p in prompts] == ["7", "12"]
+    assert [p.answer for p in load_prompts(source, tokenizer, answer_column="", **options)] == [
+        "", ""]
+
+
+def test_without_chat_the_text_is_tokenised_as_it_stands(tmp_path, tokenizer):
+    tokenizer.chat_template = None
+    source = write(tmp_path / "a.jsonl", [{"prompt": "two plus three"}, {"prompt": "[user] hello"}])
+    prompts = load_prompts(source, tokenizer, chat=False, answer_column="", max_prompt=4)
+    assert [p.tokens for p in prompts] == [ids("<bos> two plus three"), ids("<bos> [user] hello")]
+    assert all(p.tokens == tokenizer.encode(text)
+               for p, text in zip(prompts, ["two plus three", "[user] hello"]))
+
+
+@pytest.mark.parametrize("rows, answers", [
+    ([3, -14], ["3", "-14"]),
+    ([3, 0.5], ["3", "0.5"]),  # one column of floats
+    ([2**53 + 1, 0], ["9007199254740993", "0"]),  # one of integers: exact
+    (["3", 4, 0.25], ["3", "4", "0.25"]),  # one of JSON
+    (["1,234", " x "], ["1,234", " x "])])
+def test_answers_that_are_numbers(tmp_path, tokenizer, rows, answers):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "hello", "answer": row} for row in rows])
+    assert [p.answer for p in load_prompts(source, tokenizer, max_prompt=9)] == answers
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_needs_no_network_and_leaves_no_cache(tmp_path, tokenizer, calls, monkeypatch, name):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    path, texts = tmp_path / name, []
+    for word in ("three", "hello"):  # of the same length, so size and time say nothing
+        write(path, [{"prompt": word, "answer": "1"}])
+        os.utime(path, (1e9, 1e9))
+        texts += [load_prompts(str(path), tokenizer, max_prompt=9)[0].tokens]
+    assert texts == [ids(f"<bos> [user] {word} [assistant]") for word in ("three", "hello")]
+    assert calls == [] and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_hub_name_with_configurations_and_splits(tmp_path, tokenizer, monkeypatch, calls):
+    """A folder of that name stands in for the hub: datasets reads both by the same code."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "acme" / "sums"
+    folder.mkdir(parents=True)
+    files = "".join(f"- config_name: {config}\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: {config}-{split}.jsonl\n" for split in ("train", "test"))
+        for config in ("short", "long"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    words = iter(("two", "three", "five", "hello"))
+    for config in ("short", "long"):
+        for split in ("train", "test"):
+            write(folder / f"{config}-{split}.jsonl", [{"prompt": next(words), "answer": 0}])
+
+    def load(source, split="train"):
+        return load_prompts(source, tokenizer, split=split, max_prompt=9)[0]
+
+    assert load("acme/sums:short").tokens == ids("<bos> [user] two [assistant]")
+    assert load("acme/sums:long").id == "acme/sums:long:0"
+    assert load("acme/sums:long", split="test").tokens == ids("<bos> [user] hello [assistant]")
+    for source, split, reason in [("acme/sums", "train", "Config name is missing.*short"),
+                                  ("acme/sums:tall", "train", "tall"),
+                                  ("acme/sums:long", "dev", "dev.*train.*test"),
+                                  ("acme/none", "train", "acme/none")]:
+        with pytest.raises(ValueError, match=f"^data {source} cannot be read: .*{reason}"):
+            load(source, split=split)
+    assert calls == []
+
+
+ROW = '{"prompt": "hello", "answer": "1"}\n'
+REFUSALS = [  # name, content, options, message
+    ("none.jsonl", None, {}, "does not exist"),
+    ("empty.jsonl", "", {}, "is empty"),
+    ("blank.jsonl", "\n\n", {}, "has no rows"),
+    ("objects.jsonl", "{}\n{}\n", {}, "has no rows"),
+    ("rows.parquet", [], {}, "has no rows"),
+    ("broken.jsonl", ROW + '{"prompt": ', {}, "cannot be read: .*JSON.*row 1"),
+    ("text.jsonl", "hello\n", {}, "cannot be read: .*JSON"),
+    ("fake.parquet", "hello\n", {}, "cannot be read: .*[Pp]arquet"),
+    ("a.jsonl", ROW, {"prompt_column": "question"}, "no column 'question', only prompt, answer: "
+                                                    "set prompt_column"),
+    ("a.jsonl", ROW, {"answer_column": "truth"}, "no column 'truth', only prompt, answer"),
+    ("a.jsonl", ROW + '{"prompt": "hello", "answer": null}\n', {}, "answer of prompt a.jsonl:1 is "
+                                                                   "missing"),
+    ("a.jsonl", '{"prompt": "hello", "answer": [1]}\n', {}, "prompt a.jsonl:0 is a list"),
+    ("a.jsonl", '{"prompt": "hello", "answer": true}\n', {}, "prompt a.jsonl:0 is a bool"),
+    ("a.jsonl", '{"prompt": "hello", "answer": "2020-01-01"}\n', {}, "prompt a.jsonl:0 is a "
+                                                                     "datetime.*use Parquet"),
+    ("a.jsonl", '{"prompt": "hello", "answer": 123456789012345678901}\n', {}, "exactly.*text"),
+    ("a.parquet", [{"prompt": "hello", "answer": float("nan")}], {}, "a.parquet:0 is nan"),
+    ("a.jsonl", '{"prompt": null, "answer": "1"}\n', {}, "prompt a.jsonl:0 is .*missing"),
+    ("a.jsonl", '{"prompt": [], "answer": "1"}\n', {}, "prompt a.jsonl:0 is neither text nor"),
+    ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": "1"}\n', {}, "neither text nor"),
+    ("a.jsonl", '{"prompt": [{"role": "user", "content": [1]}], "answer": "1"}\n', {}, "neither"),
+    ("a.jsonl", '{"prompt": [{"role": "user", "content": "hello"}], "answer": "1"}\n',
+     {"chat": False}, "prompt a.jsonl:0 is a list, not text"),
+    ("a.jsonl", '{"prompt": [{"role": "system", "content": "hello"}], "answer": "1"}\n',
+     {"system": "be brief"}, "prompt a.jsonl:0 has its own system message"),
+    ("a.jsonl", ROW, {"system": "be brief", "chat": False}, "system needs a chat template"),
+    ("a.jsonl", ROW + ROW + '{"prompt": "two plus three"}\n' * 2, {
+        "answer_column": "", "max_prompt": 5},
+     "prompt a.jsonl:2 has 6 tokens, .*max_prompt 5; .* there are 2"),
+    ("a.jsonl", ROW + '{"prompt": "", "answer": "1"}\n', {"chat": False}, "a.jsonl:1 has 0 tokens"),
+    ("a.csv", ROW, {}, "give a .jsonl, .json or .parquet file, or a hub name"),
+]
+
+
+@pytest.mark.parametrize("name, content, options, message", REFUSALS)
+def test_refusals_are_one_line(tmp_path, tokenizer, monkeypatch, name, content, options, message):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, list):
+        schema = pyarrow.schema({"prompt": pyarrow.string(), "answer": pyarrow.float64()})
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content, schema), name)
+    elif content is not None:
+        (tmp_path / name).write_text(content)
+    if options.get("chat") is False:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_prompts(name, tokenizer, **{"max_prompt": 9} | options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_template_can_be_missing_or_refuse(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "hello", "answer": 1}] * 3 + [
+        {"prompt": "five", "answer": 1}])
+    tokenizer.chat_template = ("{% if messages[0].content == 'five' %}{{ raise_exception('no five')"
+                               " }}{% endif %}" + TEMPLATE)
+    with pytest.raises(ValueError, match="refuses prompt a.jsonl:3: no five"):
+        load_prompts(source, tokenizer, max_prompt=9)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template; set chat = false"):
+        load_prompts(source, tokenizer, max_prompt=9)
+
+
+def test_the_order_is_decided_by_seed_and_position_alone():
+    n = 7
+    stream = PromptOrder(n, seed=3).take(0, 5 * n)
+    epochs = [stream[i : i + n] for i in range(0, len(stream), n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 5  # each epoch has its own
+    for position, count in [(0, 1), (6, 2), (5, 16), (34, 1), (13, 0)]:  # a fresh one, anywhere
+        assert PromptOrder(n, seed=3).take(position, count) == stream[position : position + count]
+    other = PromptOrder(n, seed=4).take(0, 5 * n)
+    assert all(other[i : i + n] not in epochs for i in range(0, len(other), n))
+    assert PromptOrder(1, seed=0).take(10**9, 3) == [0, 0, 0]
+    with pytest.raises(ValueError, match="1 or more"):
+        PromptOrder(0, seed=0)
+
+
+def test_the_order_favours_no_prompt():
+    """Each of 5 prompts is first in a fifth of 4,000 epochs, within five standard deviations."""
+    order, n, epochs = PromptOrder(5, seed=0), 5, 4000
+    first = [order.take(epoch * n, 1)[0] for epoch in range(epochs)]
+    sd = (epochs * 0.2 * 0.8) ** 0.5
+    assert all(abs(first.count(i) - epochs / n) < 5 * sd for i in range(n))

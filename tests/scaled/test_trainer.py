@@ -1,0 +1,141 @@
+"""The scaled train step against that of the single file: same rollouts, same weights, same numbers."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import sample_rollout
+from torch.distributed.tensor import DTensor
+
+import nano_moe_rl as nano
+from scaled import batches, logprobs, metrics, train, trainer
+from scaled.config import Config
+from scaled.export import export_nano
+from scaled.policy import load_policy
+from scaled.trainer import prepare_batch, train_step
+
+pytestmark = pytest.mark.usefixtures("group")
+SHAPE = dict(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
+             mini_batch=12, group_size=4, eval_prompts=7, temperature=0.8)
+
+
+def test_the_maths_is_that_of_the_single_file():
+    for module, names in ((trainer, ["minirl_loss", "Rollout"]), (train, ["group_advantages", "Rollout"]),
+                          (batches, ["Rollout"]), (logprobs, ["token_logprobs", "entropy"]),
+                          (metrics, ["kl_k3", "extreme_token_fraction", "effective_sample_size",
+                                     "routing_agreement"])):
+        for name in names:
+            assert getattr(module, name) is getattr(nano, name), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    export_nano(nano.Model(nano.Config(**SHAPE)), folder)
+    return folder
+
+
+def options(c, **changes):
+    names = ("replay", "clip", "importance_sampling", "length_norm", "temperature", "mini_batches",
+             "group_size", "lr")
+    return Config(**{name: getattr(c, name) for name in names} | dict(
+        checkpoint="there", train_data="there", train_precision="fp32", prompts=3, max_prompt=10,
+        max_response=30, updates=c.mini_batches, token_budget=100) | changes)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+CASES = [dict(), dict(replay="R2"), dict(replay="none", clip=False), dict(mini_batches=1),
+         dict(importance_sampling="sequence"), dict(importance_sampling="none", length_norm=True)]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_loss_gradient_and_metrics_are_those_of_the_single_file(folder, changes):
+    """N = 2 mini-batches with an update between them, so that the second is off-policy."""
+    c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2) | changes)
+    model = nano.Model(c)
+    rollout = sample_rollout(model, "fp8", n_prompts=3 * c.mini_batches)
+    policy = load_policy(folder, precision="fp32", logits_bytes=4 * 13 * 7, device="cpu",
+                         gradient_checkpointing=False, cpu_offload=False)
+    losses = []
+
+    def loss_fn(*tensors, **counts):
+        loss, gate = nano.minirl_loss(*tensors, **counts, clip=c.clip, length_norm=c.length_norm,
+                                      importance_sampling=c.importance_sampling)
+        losses.append(loss.item())
+        return loss, gate
+
+    # SGD, whose step is the gradient: Adam would turn a difference of rounding into one of sign
+    sgd = torch.optim.SGD(model.parameters(), 0.3), torch.optim.SGD(policy.parameters(), 0.3)
+    s = options(c)
+    ours = prepare_batch(policy, replace(rollout, advantages=nano.group_advantages(
+        rollout.rewards, c.group_size)), s)
+    theirs = nano.prepare_batch(model, rollout, rollout.version)
+    for part, other in zip(ours.split(12), theirs.split(12), strict=True):
+        got = train_step(policy, sgd[1], part, s)
+        expected = nano.train_step(model, sgd[0], other, loss_fn)
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert got["loss"] == pytest.approx(losses[-1], rel=1e-5, abs=1e-5)
+        # both have clipped their gradients, by norms that are equal
+        gradients = {n.removeprefix("model."): whole(p.grad) for n, p in policy.model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+    assert expected["staleness_kl"] > 1e-6 or c.mini_batches == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_weights(folder):
+    c = nano.Config(**SHAPE | dict(mini_batches=1, updates=1))
+    policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
+                         gradient_checkpointing=False, cpu_offload=False)
+    rollout = sample_rollout(nano.Model(c), "fp8", n_prompts=3)
+    rollout.rollout_logprobs[rollout.mask] = float("nan")
+    batch = prepare_batch(policy, replace(rollout, advantages=rollout.rewards - 0.3), options(c))
+    before = [whole(p).clone() for p in policy.parameters()]
+    with pytest.raises(FloatingPointError, match="nan"):
+        train_step(policy, torch.optim.SGD(policy.parameters(), 0.1), batch, options(c))
+    assert all(torch.equal(whole(p), old) for p, old in zip(policy.parameters(), before))
+
+
+def test_r3_without_a_route_for_every_token_is_an_error_with_the_count(folder):
+    c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2))
+    policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
+                         gradient_checkpointing=False, cpu_offload=False)
+    rollout = sample_rollout(nano.Model(c), "fp8")
+    rollout.routing[1, 2] = 0  # one token, all three layers
+    assert metrics.missing_routes(rollout) == 3
+    batch = replace(rollout, advantages=rollout.rewards)
+    with pytest.raises(ValueError, match="3 of"):
+        prepare_batch(policy, batch, options(c, token_budget=10**5))
+
+
+def test_sums_are_not_means_of_means():
+    """Two passes of unlike size: the metrics are those of all tokens together."""
+    c = nano.Config(**SHAPE | dict(mini_batches=1, updates=1))
+    model = nano.Model(c)
+    whole_batch = sample_rollout(model, "int4")
+    generator = torch.Generator().manual_seed(0)
+    shape = whole_batch.rollout_logprobs.shape
+    logprobs = whole_batch.rollout_logprobs + 0.3 * torch.randn(shape, generator=generator)
+    old = whole_batch.rollout_logprobs + 0.2 * torch.randn(shape, generator=generator)
+    entropies, gate = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator) < 0.7
+    routing = whole_batch.routing.roll(1, 0)
+    sums = metrics.Sums()
+    for rows in ([0, 1, 2, 3, 4], list(range(5, 24))):
+        part = batches.take(whole_batch, rows)
+        T = part.tokens.shape[1] - 1
+        sums.add_pass(part, *(x[rows][:, :T] for x in (logprobs, old, entropies, routing, gate)))
+    got, mask, mu = sums.means(), whole_batch.mask, whole_batch.rollout_logprobs
+    fed = whole_batch.fed
+    expected = dict(
+        reward=whole_batch.rewards.mean(), entropy=entropies[mask].mean(),
+        mismatch_kl=nano.kl_k3(mu, old, mask), staleness_kl=nano.kl_k3(old, logprobs, mask),
+        extreme_token_fraction=nano.extreme_token_fraction(old, mu, mask),
+        effective_sample_size=nano.effective_sample_size(logprobs - mu, mask),
+        routing_agreement=nano.routing_agreement(routing, whole_batch.routing, fed),
+        clip_fraction=1 - gate[mask].double().mean(),
+        response_length=(whole_batch.lengths - whole_batch.prompt_lengths).double().mean())
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value.tolist(), rel=1e-6), name
