@@ -27,9 +27,12 @@ class Config:
     # data and rewards
     train_data: str = option("", "JSONL or Parquet file, or a name on the hub")
     eval_data: str = option("", "the same, held out; left out, no score")
+    train_split: str = option("train", "of a name on the hub")
+    eval_split: str = option("test", "of a name on the hub")
     prompt_column: str = option("prompt", "text, or a list of chat messages")
     answer_column: str = option("answer", "what the reward compares with")
     chat: bool = option(True, "wrap prompts in the tokenizer's chat template")
+    system: str = option("", "system message put before every prompt")
     reward: str = option("math_verify", "that, exact_match, running_sum, or module:function")
     max_prompt: int = option(1024, "tokens; a longer prompt is refused")
     max_response: int = option(8192, "tokens, after which a response is cut off")

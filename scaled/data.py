@@ -155,11 +155,15 @@ def end_tokens(folder: str, trust_remote_code: bool) -> list[int]:
 
     path = Path(folder)
     source = GenerationConfig if (path / "generation_config.json").exists() else AutoConfig
-    ids = source.from_pretrained(folder).eos_token_id
+    config = source.from_pretrained(folder)
+    ids = getattr(config, "eos_token_id", None)  # composite configurations have it further down
+    if ids is None and source is AutoConfig:
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
     ids = {ids} if isinstance(ids, int) else set(ids or ())
     if (path / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         ids |= {tokenizer.eos_token_id} - {None}
     if not ids:
-        raise ValueError(f"{folder}: no end-of-sequence token; set eos_token_id in config.json")
+        raise ValueError(f"{folder}: no end-of-sequence token; set eos_token_id in "
+                         "generation_config.json")
     return sorted(ids)

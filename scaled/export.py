@@ -6,6 +6,7 @@
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,22 +52,27 @@ def export_nano(model: nano.Model, folder: Path):
     nano_tokenizer().save_pretrained(folder)
 
 
-def write_task(c: nano.Config, path: Path, n: int, seed: int):
-    """n prompts of the running-sum task, with answers, as JSONL."""
-    prompts, lengths = nano.make_prompts(n, c, torch.Generator().manual_seed(seed))
-    with open(path, "w") as file:
-        for prompt, length in zip(prompts.tolist(), lengths.tolist()):
-            row = {"prompt": "".join(nano.VOCABULARY[token] for token in prompt[:length]),
-                   "answer": str(sum(prompt[:length - 1]) % 10)}
-            file.write(json.dumps(row) + "\n")
-
-
 def export_cold_start(folder: Path, seed: int):
-    """nano's cold start of a seed as a checkpoint to train from, with train.jsonl and eval.jsonl."""
-    c = nano.Config(seed=seed)
-    export_nano(nano.cold_start(c), folder)
-    write_task(c, folder / "train.jsonl", 16384, 2 * seed)
-    write_task(c, folder / "eval.jsonl", 512, 2 * seed + 1)
+    """nano's cold start of a seed as a checkpoint to train from, with train.jsonl and eval.jsonl of
+    its task, which have no prompt in common. ValueError if the folder is that of another seed."""
+    mark = folder / "nano_seed"
+    if folder.exists():
+        if not mark.exists() or mark.read_text() != str(seed):
+            raise ValueError(f"--checkpoint {folder}: is not the cold start of --seed {seed}; "
+                             "remove it, or give another folder")
+        return
+    c, aside = nano.Config(seed=seed), folder.with_name("." + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    export_nano(nano.cold_start(c), aside)
+    prompts, lengths = nano.make_prompts(20_000, c, torch.Generator().manual_seed(seed))
+    tasks = dict.fromkeys(tuple(prompt[:length]) for prompt, length
+                          in zip(prompts.tolist(), lengths.tolist()))  # each once, in order
+    lines = [json.dumps({"prompt": "".join(nano.VOCABULARY[token] for token in task),
+                         "answer": str(sum(task[:-1]) % 10)}) + "\n" for task in tasks]
+    (aside / "eval.jsonl").write_text("".join(lines[:512]))
+    (aside / "train.jsonl").write_text("".join(lines[512:]))
+    (aside / mark.name).write_text(str(seed))
+    aside.rename(folder)
 
 
 def main(argv: list[str]) -> int:

@@ -30,8 +30,8 @@ class _Head(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs: Tensor, _):
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight, grad_bias = (
-            torch.zeros_like(x) if needed else None
+        grad_hidden, grad_weight, grad_bias = (  # fp32: a sum of many chunks would lose its bf16 end
+            torch.zeros_like(x, dtype=torch.float32) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad))
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -41,13 +41,15 @@ class _Head(torch.autograd.Function):
             grad, = torch.autograd.grad(logprobs, logits, grad_logprobs[part])
             del logits, logprobs
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
+                grad_hidden[part] = grad @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[part])
+                grad_weight += grad.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             del grad  # as in forward
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grads = (grad if grad is None else grad.to(hidden.dtype)
+                 for grad in (grad_hidden, grad_weight, grad_bias))
+        return *grads, None, None, None
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float,

@@ -58,7 +58,8 @@ class Sums:
 
 
 def missing_routes(rollout: Rollout) -> int:
-    """(token, layer) pairs of fed tokens whose experts are not all different: no route came."""
+    """(token, layer) pairs of fed tokens whose experts are not all different: no route came. 0 unless
+    something between the engine, which refuses them itself, and the trainer loses routes."""
     order = rollout.routing[rollout.fed].short().sort(-1).values
     return int((order.diff() == 0).any(-1).sum())
 

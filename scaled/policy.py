@@ -47,7 +47,7 @@ class Policy(nn.Module):
         logprobs (B, T) of token t + 1, entropies (B, T), fp32; both are 0 on padding.
         ValueError if padding is not on the right."""
         # No attention mask: no token looks to its right, where the padding is, and without one
-        # attention needs no (T, T) tensor. This is also why padding anywhere else is refused.
+        # attention needs no (T, T) tensor (but where it is eager, as gpt-oss's can be). This is also why padding anywhere else is refused.
         if (fed[:, 1:] & ~fed[:, :-1]).any():
             raise ValueError("fed: padding has to be on the right of every row")
         hidden = self.model.base_model(  # padding may hold any id, also one that has no embedding

@@ -2,6 +2,7 @@
 
 Environment that vLLM gets, unless it is set already (the first: always):
     VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine runs in this process, so weights need no transport
+    VLLM_USE_V2_MODEL_RUNNER=0         the runner that all of this was tried with, on GPUs too
     VLLM_LOGGING_LEVEL=ERROR           the console belongs to the training run
     VLLM_NO_USAGE_STATS=1
     VLLM_CPU_OMP_THREADS_BIND=nobind, VLLM_CPU_KVCACHE_SPACE=1 (GiB)   on a CPU
@@ -9,7 +10,9 @@ Environment that vLLM gets, unless it is set already (the first: always):
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout, check_routes
 from scaled.data import end_tokens
@@ -46,6 +50,7 @@ def check_vllm() -> str:
 def set_environment():
     """What vLLM reads when it is imported; see the top of this file."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if DEVICE == "cpu":
@@ -157,6 +162,8 @@ class Engine:
         self.max_length, self.temperature = max_length, temperature
         replica = dist.get_rank() // tensor_parallel if self.external else 0
         self.seed, self.version, self.asleep = f"{seed}/{replica}", 0, set()
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self.progress = partial(tqdm, leave=False) if first and sys.stderr.isatty() else False
         self.published = published_names(config)
 
         import vllm
@@ -200,7 +207,8 @@ class Engine:
         """G responses to each of P prompts, row p·G + g, on the CPU; they end with one of self.eos
         or at max_response tokens. rollout_logprobs (B, T) is log μ at the engine's temperature.
         routing (B, T, L, A) is uint8 up to 256 experts, else int16; padding has spread valid ids.
-        The same seed and weights give the same samples; torch's random state stays as it is.
+        The same seed and weights give the same samples, where the kernels give the same logits: bf16
+        products can depend on what else is in a batch. torch's random state stays as it is.
         version: that of the trainer. top_p below 1 is for evaluation: it takes support from μ.
         ValueError if the engine sleeps or has other weights, or a route is missing."""
         if self.asleep:
@@ -210,7 +218,7 @@ class Engine:
                              f"{version}: call load_weights before generate")
         self.check_lengths(prompts, max_response)
         prompts = [prompt for prompt in prompts for _ in range(group_size)]
-        # A seed for each response: no schedule, and no hit in the prefix cache, changes a sample.
+        # A seed for each response: what is drawn does not depend on which others are in a batch.
         seeds = random.Random(f"{self.seed}/{seed}")
         outputs = self.run(prompts, [self.vllm.SamplingParams(
             temperature=self.temperature, top_p=top_p, max_tokens=max_response, logprobs=0,
@@ -294,7 +302,7 @@ class Engine:
         """vLLM's outputs, in the order of the prompts."""
         with kept_random_state():
             return self.llm.generate([self.vllm.TokensPrompt(prompt_token_ids=prompt)
-                                      for prompt in prompts], params, use_tqdm=False)
+                                      for prompt in prompts], params, use_tqdm=self.progress)
 
     def routes(self, routed: np.ndarray | None, rows: int, name: str) -> Tensor:
         try:

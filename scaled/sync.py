@@ -162,24 +162,26 @@ def register_rounded_experts() -> str:
 
 
 class SyncCheck:
-    """Does the engine have the trainer's weights? To be called after each sync. The first call sets
-    the measure: make it where the engine has the weights from the folder, as the trainer has."""
+    """Does the engine have the trainer's weights? The first call sets the measure: before any sync,
+    when both have the weights of the same folder. Later ones are made after a sync."""
 
     def __init__(self):
         self.first = None
 
-    def __call__(self, engine, logprobs_of: Callable, sequences: list[list[int]]) -> float:
+    def __call__(self, engine, logprobs_of: Callable, sequences: list[list[int]],
+                 scored: tuple[Tensor, Tensor] | None = None) -> float:
         """Mean |log π - log μ| of fixed tokens at temperature 1, over all ranks, in nats.
         logprobs_of(tokens (B, T + 1), lengths (B,), routing (B, T, L, A)) -> (B, T) is the
         trainer's forward with the engine's routes replayed, so that a flip of experts by rounding
-        does not hide broken weights. RuntimeError above three times the first value."""
-        logprobs, routing = engine.score(sequences)
+        does not hide broken weights. scored: what engine.score said of them, if it was asked before.
+        RuntimeError above three times the first value."""
+        logprobs, routing = scored or engine.score(sequences)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], True)
-        scored = torch.arange(1, tokens.shape[1]) < lengths[:, None]
+        fed = torch.arange(1, tokens.shape[1]) < lengths[:, None]
         other = logprobs_of(tokens, lengths, routing).detach().cpu()
-        difference = (other - logprobs)[scored].double().abs()
-        total = torch.stack([difference.sum(), scored.sum()]).to(DEVICE)
+        difference = (other - logprobs)[fed].double().abs()
+        total = torch.stack([difference.sum(), fed.sum()]).to(DEVICE)
         if dist.is_initialized():  # every rank stops, or none
             dist.all_reduce(total)
         mean = (total[0] / total[1]).item()

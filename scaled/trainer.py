@@ -6,19 +6,22 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout, minirl_loss
 from scaled.batches import equal_passes, take
 from scaled.config import Config
 from scaled.metrics import Sums
 from scaled.policy import Policy
+from scaled.ranks import RANK
 from scaled.replay import RoutingReplay
 
 
 def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
     """The rows of each forward pass, and these rows on the device. As many passes on every rank;
     one without rows carries a stand-in that counts for nothing."""
-    for rows in equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE):
+    for rows in tqdm(equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE), "passes",
+                     leave=False, disable=True if RANK else None):
         part = take(batch, rows)  # routes stay narrow, here and on the device
         yield rows, replace(part, **{name: x.to(DEVICE) for name, x in vars(part).items()
                                      if isinstance(x, Tensor)})
@@ -32,17 +35,19 @@ def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
     if c.mini_batches == 1:  # the training forward is π_old and π_θ at once
         return batch
-    old_logprobs, routing = torch.zeros_like(rollout.rollout_logprobs), rollout.routing.clone()
+    old_logprobs = torch.zeros_like(rollout.rollout_logprobs)
+    if c.replay == "R2":
+        batch.replay = torch.zeros_like(rollout.routing)  # π_θ will use the experts of π_old
     for rows, part in passes(batch, c):
-        with torch.no_grad(), RoutingReplay(policy.model, part.replay, part.fed) as routes:
+        given = part.replay if c.replay == "R3" else None
+        with torch.no_grad(), RoutingReplay(policy.model, given, part.fed) as routes:
             logprobs, _ = policy(part.tokens, part.fed, c.temperature)
         if rows:
             columns = logprobs.shape[1]
             old_logprobs[rows, :columns] = logprobs.cpu()
-            routing[rows, :columns] = routes.routing.to(routing)
+            if c.replay == "R2":
+                batch.replay[rows, :columns] = routes.routing.to(batch.replay)
     batch.old_logprobs = old_logprobs
-    if c.replay == "R2":
-        batch.replay = routing  # π_θ uses the experts of π_old
     return batch
 
 
@@ -55,7 +60,6 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
         dist.all_reduce(counts)
     n_sequences, n_tokens = counts.tolist()  # of the whole mini-batch: one denominator
     sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
-    optimizer.zero_grad()
     for rows, part in passes(batch, c):
         with RoutingReplay(policy.model, part.replay, part.fed) as routes:
             logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
@@ -75,4 +79,5 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
     if not (loss_sum.isfinite() and norm.isfinite()):  # the same on every rank
         raise FloatingPointError(f"loss {loss_sum:.3g}, gradient norm {norm:.3g}")
     optimizer.step()
+    optimizer.zero_grad()  # here, so that no gradients take up memory during the next rollout
     return sums.means() | {"loss": loss_sum.item(), "grad_norm": norm.item()}

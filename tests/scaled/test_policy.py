@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers as tf
 from families import CONFIGS, build
+from processes import join_group, run_ranks
 from safetensors.torch import load_file, save_file
 
 import nano_moe_rl as nano
@@ -26,23 +26,6 @@ FAMILIES["tied"].tie_word_embeddings = True
 TEMPERATURE = 0.7
 PLAIN = dict(precision="fp32", logits_bytes=61 * 4 * 5, gradient_checkpointing=False,
              cpu_offload=False, device="cpu")
-
-
-def run_ranks(function, world, *args, seconds=240):
-    """function(rank, world, *args) in processes of their own, all killed when the time is up."""
-    ranks = mp.spawn(function, (world, *args), world, join=False)
-    try:
-        # a join ends with one of the processes, and raises what it raised
-        assert any(ranks.join(seconds) for _ in range(world)), "deadlock"
-    finally:
-        for process in ranks.processes:
-            process.kill()
-
-
-def join_group(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group-{world}", rank=rank,
-                            world_size=world)
 
 
 def whole_weights(policy):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import nano_moe_rl as nano
 from scaled import train
-from scaled.config import Config
-from scaled.export import export_cold_start, export_nano, nano_tokenizer
+from scaled.run import Run
+from scaled.config import Config, read_config
+from scaled.export import export_nano, nano_tokenizer
 from test_main import METRICS as NANO_METRICS
 
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
-MORE = {"lr", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
+MORE = {"lr", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
         "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
         "old_seconds", "train_seconds", "sync_seconds"}
 METRICS = NANO_METRICS - {"tokens_per_second"} | MORE
@@ -65,7 +67,7 @@ def metrics(folder, name):
 
 def untimed(rows):
     return [{key: value for key, value in row.items()
-             if key not in TIMED | {"score"} and not key.endswith("_seconds")} for row in rows]
+             if key not in TIMED | {"score", "score_errors"} and not key.endswith("_seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,8 @@ def folder(tmp_path_factory):
 
 def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
     out, rows = (folder / "out").read_text(), metrics(folder, "whole")
-    assert max(map(len, out.splitlines()[:-1])) <= 80 and len(out.splitlines()) == 26
+    assert "score 0." in out.splitlines()[0]  # before the first update
+    assert max(map(len, out.splitlines()[:-1])) <= 80 and len(out.splitlines()) == 27
     assert [row["update"] for row in rows] == list(range(1, 25))
     assert [row["update"] for row in rows if row["score"] is not None] == [8, 16, 24]
     for row in rows:
@@ -102,9 +105,9 @@ def test_reward_rises(folder):
 
 
 def test_resume_equals_no_interruption_and_scores_disturb_nothing(folder):
-    name = ("--name", "parts", "--eval-every", 4)
-    run(folder, *name, "--updates", 8)
-    run(folder, *name, "--updates", 12, "--resume")
+    options = ("--name", "parts", "--eval-every", 4, "--checkpoint-every", 8)
+    run(folder, *options, "--updates", 8)
+    run(folder, *options, "--updates", 12, "--resume")
     assert untimed(metrics(folder, "parts")) == untimed(metrics(folder, "whole")[:12])
 
 
@@ -152,7 +155,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--gpu-memory 1.5", "--gpu-memory 1.5: give a share below 1"),
     ("--eval-top-p 1.5", "--eval-top-p 1.5: give at most 1"),
     ("--name a/b", "--name a/b: give one without /"),
-    ("--name taken", "--name taken: is taken"),
+    ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
+    ("--name done --lr 0.5 --resume", "--resume: lr differ from runs/done/config.json; only updates can change"),
     ("--resume", "--resume: runs/laptop has no checkpoint"),
     ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
     ("--config wrong.toml", "--config wrong.toml: colour is no option"),
@@ -165,7 +169,10 @@ OPTIONS = [  # refused before the ranks meet
 def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/taken").mkdir(parents=True)
-    (tmp_path / "runs/taken/metrics.jsonl").touch()
+    (tmp_path / "runs/taken/config.json").touch()
+    (tmp_path / "runs/done/update-000004").mkdir(parents=True)
+    saved = asdict(read_config(LAPTOP, {"name": "done", "updates": 4}))
+    (tmp_path / "runs/done/config.json").write_text(json.dumps(saved))
     (tmp_path / "wrong.toml").write_text("colour = 1")
     (tmp_path / "broken.toml").write_text("colour")
     before = sorted(tmp_path.rglob("*"))
@@ -216,6 +223,8 @@ REFUSED = [  # refused when checkpoint and data are read
     (dict(train_data="column.jsonl"), "no column 'prompt', only question"),
     (dict(train_data="long.jsonl"), "long.jsonl:0 has 8 tokens"),
     (dict(chat=True), "no chat template"),
+    (dict(max_response=23), "exceeds the checkpoint's context of 29 tokens"),
+    (dict(nano_cold_start=True), "is not the cold start of --seed 0"),
     (dict(reward="os:nothing"), "os has no function nothing"),
     (dict(rollout_precision="fp8"), "rollout precision fp8"),  # no AMX, or 64 is no multiple of 128
 ]
@@ -227,7 +236,7 @@ def test_checkpoints_and_data_are_refused(group, material, monkeypatch, changes,
     options = dict(checkpoint="good", train_data="good.jsonl", chat=False, reward="running_sum",
                    max_prompt=7, max_response=22, prompts=2, group_size=2)
     with pytest.raises(ValueError, match=line.replace("(", r"\(")):
-        train.Run(Config(**options | changes), False)
+        Run(Config(**options | changes), False)
     assert not (material / "runs").exists()
 
 
@@ -235,13 +244,16 @@ def test_vllm_of_another_version_is_refused(group, material, monkeypatch):
     monkeypatch.chdir(material)
     monkeypatch.setattr("scaled.rollout.VLLM", "0.31.0")
     with pytest.raises(ValueError, match=r"vllm 0\.30\.0\S*: scaled needs 0\.31\.0; install"):
-        train.Run(Config(checkpoint="good", train_data="good.jsonl"), False)
+        Run(Config(checkpoint="good", train_data="good.jsonl"), False)
 
 
 def test_a_rank_that_fails_ends_all_with_its_line(tmp_path):
     """Rank 1 fails in the middle of a run, rank 0 waits for it in a collective."""
-    (tmp_path / "picky.py").write_text("import os\ndef reward(prompts, texts, tokens):\n"
-                                       "    return [float('nan') if os.environ['RANK'] == '1' else 1.0 for _ in texts]")
+    (tmp_path / "picky.py").write_text("""import os
+def reward(prompts, texts, tokens):
+    training = prompts[0].id.startswith("train.jsonl")  # not the score before it
+    return [float("nan") if training and os.environ["RANK"] == "1" else 1.0 for _ in texts]
+""")
     process = start(tmp_path, "scaled.train", "--config", LAPTOP, "--reward", "picky:reward", "--updates", 4)
     code, out, err = finish(process)
     assert code != 0

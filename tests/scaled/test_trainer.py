@@ -3,23 +3,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import sample_rollout
+from processes import join_group, run_ranks
 from torch.distributed.tensor import DTensor
 
 import nano_moe_rl as nano
-from scaled import batches, logprobs, metrics, train, trainer
+from scaled import batches, logprobs, metrics, run, train, trainer
 from scaled.config import Config
+from scaled.batches import rows_of_rank, take
 from scaled.export import export_nano
-from scaled.policy import load_policy
+from scaled.policy import load_policy, named_weights
 from scaled.trainer import prepare_batch, train_step
 
-pytestmark = pytest.mark.usefixtures("group")
 SHAPE = dict(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
              mini_batch=12, group_size=4, eval_prompts=7, temperature=0.8)
 
 
 def test_the_maths_is_that_of_the_single_file():
-    for module, names in ((trainer, ["minirl_loss", "Rollout"]), (train, ["group_advantages", "Rollout"]),
+    for module, names in ((trainer, ["minirl_loss", "Rollout"]), (train, ["group_advantages"]),
+                          (run, ["Rollout", "adamw"]),
                           (batches, ["Rollout"]), (logprobs, ["token_logprobs", "entropy"]),
                           (metrics, ["kl_k3", "extreme_token_fraction", "effective_sample_size",
                                      "routing_agreement"])):
@@ -51,7 +54,7 @@ CASES = [dict(), dict(replay="R2"), dict(replay="none", clip=False), dict(mini_b
 
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_loss_gradient_and_metrics_are_those_of_the_single_file(folder, changes):
+def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, changes):
     """N = 2 mini-batches with an update between them, so that the second is off-policy."""
     c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2) | changes)
     model = nano.Model(c)
@@ -68,6 +71,9 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(folder, changes)
 
     # SGD, whose step is the gradient: Adam would turn a difference of rounding into one of sign
     sgd = torch.optim.SGD(model.parameters(), 0.3), torch.optim.SGD(policy.parameters(), 0.3)
+    gradients = {}  # as the step sees them: clipped
+    sgd[1].register_step_pre_hook(lambda *_: gradients.update(
+        (n.removeprefix("model."), whole(p.grad).clone()) for n, p in policy.model.named_parameters()))
     s = options(c)
     ours = prepare_batch(policy, replace(rollout, advantages=nano.group_advantages(
         rollout.rewards, c.group_size)), s)
@@ -78,14 +84,12 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(folder, changes)
         for name, value in expected.items():
             assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
         assert got["loss"] == pytest.approx(losses[-1], rel=1e-5, abs=1e-5)
-        # both have clipped their gradients, by norms that are equal
-        gradients = {n.removeprefix("model."): whole(p.grad) for n, p in policy.model.named_parameters()}
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
     assert expected["staleness_kl"] > 1e-6 or c.mini_batches == 1
 
 
-def test_a_loss_that_is_not_finite_keeps_the_weights(folder):
+def test_a_loss_that_is_not_finite_keeps_the_weights(group, folder):
     c = nano.Config(**SHAPE | dict(mini_batches=1, updates=1))
     policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
                          gradient_checkpointing=False, cpu_offload=False)
@@ -98,7 +102,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights(folder):
     assert all(torch.equal(whole(p), old) for p, old in zip(policy.parameters(), before))
 
 
-def test_r3_without_a_route_for_every_token_is_an_error_with_the_count(folder):
+def test_r3_without_a_route_for_every_token_is_an_error_with_the_count(group, folder):
     c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2))
     policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
                          gradient_checkpointing=False, cpu_offload=False)
@@ -139,3 +143,46 @@ def test_sums_are_not_means_of_means():
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name] == pytest.approx(value.tolist(), rel=1e-6), name
+
+
+def two_batches(rank, world, folder):
+    """Three updates by a world: N = 2 off-policy, then one on-policy, rows shared out to the ranks."""
+    join_group(rank, world, folder)
+    policy = load_policy(folder / "hf", precision="fp32", logits_bytes=10**5, device="cpu",
+                         gradient_checkpointing=True, cpu_offload=False)
+    # SGD as above; with AdamW test_policy.py compares the weights
+    optimizer, history = torch.optim.SGD(policy.parameters(), 0.3), []
+    for N, name in ((2, "off"), (1, "on")):
+        whole_batch = torch.load(folder / name, weights_only=False)
+        part = take(whole_batch, rows_of_rank(len(whole_batch.tokens), N, world, rank))
+        c = options(nano.Config(**SHAPE | dict(mini_batches=N, updates=2)), token_budget=60)
+        batch = prepare_batch(policy, part, c)
+        history += [train_step(policy, optimizer, mini, c)
+                    for mini in batch.split(len(batch.tokens) // N)]
+    weights = {name: x.clone() for name, x in named_weights(policy)}
+    if rank == 0:
+        torch.save((history, weights), folder / f"result-{world}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one_process(folder, tmp_path):
+    """Same metrics, loss, gradient norm and weights, with the long responses all on one rank."""
+    (tmp_path / "hf").symlink_to(folder)
+    for name, n in (("off", 6), ("on", 3)):
+        rollout = sample_rollout(nano.Model(nano.Config(**SHAPE)), "fp8", n_prompts=n)
+        rollout.advantages = nano.group_advantages(rollout.rewards, 4)
+        # within a mini-batch of 12 rows: first the long ones
+        order = torch.cat([12 * i + rollout.lengths[12 * i:12 * i + 12].argsort(descending=True)
+                           for i in range(n // 3)])
+        torch.save(take(rollout, order.tolist()), tmp_path / name)
+    for world in (1, 2):
+        run_ranks(two_batches, world, tmp_path)
+    (alone, weights), (shared, others) = (torch.load(tmp_path / f"result-{n}") for n in (1, 2))
+    assert len(alone) == len(shared) == 3
+    for one, two in zip(alone, shared):
+        assert one.keys() == two.keys()
+        for name in one:
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert alone[1]["staleness_kl"] > 1e-7
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
