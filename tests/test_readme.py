@@ -30,5 +30,14 @@ def test_every_dial_it_names_is_an_option():
 
 
 def test_pictures_exist():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
-        assert (ROOT / path).read_bytes()[:4] == b"\x89PNG"
+    paths = re.findall(r"!\[[^]]*\]\(([^)]*)\)|<img src=\"([^\"]*)\"", README)
+    assert len(paths) == 2
+    for path in map("".join, paths):
+        assert (ROOT / path).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+
+
+def test_what_it_says_of_the_grid_is_in_the_verdicts():
+    verdicts = (ROOT / "tutorials/results/verdicts.md").read_text().replace("-", "−")
+    for text in ("0.48 [0.38, 0.62]", "19 against 9 of 24", "+0.001 [−0.031, +0.033]", "in 6 of 8 seeds"):
+        assert text in verdicts
+    assert "8 to 8" in verdicts and verdicts.count("**reproduced**") == 4 and verdicts.count("**undecided**") == 16
