@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", code=1)
     try:
         train(run, resume)
+    except KeyboardInterrupt:
+        ranks.fail("stopped by Ctrl-C; --resume goes on from the newest checkpoint", code=130)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         traceback.print_exc()
         ranks.fail(f"rank {RANK} at update {run.version}: {type(error).__name__}: {error}", code=1)
