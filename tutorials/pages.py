@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+PICTURES = FOLDER / "pictures"
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 
@@ -22,7 +23,7 @@ def blocks(page: Path, language: str = "python") -> list[tuple[int, str]]:
 
 def run(page: Path) -> dict:
     """The namespace after all blocks. An error shows the page and the line in it."""
-    namespace = {"__name__": page.stem, "PICTURES": FOLDER / "pictures"}
+    namespace = {"__name__": page.stem, "PICTURES": PICTURES}
     for line, source in blocks(page):
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
     return namespace

@@ -17,6 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nano_moe_rl as nano  # noqa: E402
 
+
+def untrained(c: nano.Config, n_prompts: int = 32) -> tuple[nano.Model, nano.Rollout]:
+    """A fresh model of the single file and a rollout of it. Such a model solves no task, so for once a reward
+    is 1 where the id of a response's last token is odd: something to learn."""
+    model, engine = nano.Model(c), nano.InferenceEngine(c, c.rollout_precision)
+    engine.load_weights(model, version=0)
+    rollout = nano.sample(engine, n_prompts, c.group_size, seed=0)
+    rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()
+    return model, rollout
+
+
 VOCABULARY, LENGTH, STOP = 4, 3, 0  # token 0 ends a response early
 
 
