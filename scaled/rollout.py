@@ -66,10 +66,9 @@ def quantisation(precision: str, config, tensor_parallel: int) -> dict:
     if precision in ("bf16", "fp32"):
         return {}
     sizes = quantised_sizes(config, tensor_parallel)
-    amx = torch.cpu._is_amx_tile_supported()
     if precision == "int8":  # experts only, one scale an output channel
         unit, method = 32, {"quantization": "int8_per_channel_weight_only", **ignore}
-        if DEVICE == "cpu" and not amx:
+        if DEVICE == "cpu":  # the same numbers on every CPU
             method = {"quantization": register_rounded_experts()}
         sizes = {name: size for name, size in sizes.items() if "head" not in name}
     elif DEVICE == "cuda":  # vLLM's "fp8", but that one would quantise the router with the rest
@@ -79,7 +78,7 @@ def quantisation(precision: str, config, tensor_parallel: int) -> dict:
                              "units; give bf16 or int8")
     else:
         unit, method = 128, {"quantization": "fp8_per_block", **ignore}
-        if not amx:
+        if not torch.cpu._is_amx_tile_supported():
             raise ValueError("rollout precision fp8: this CPU lacks AMX; give bf16 or int8")
     if wrong := {name: size for name, size in sizes.items() if size % unit}:
         listed = ", ".join(f"{name} {size}" for name, size in wrong.items())

@@ -125,7 +125,7 @@ def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
 
 @cache
 def register_rounded_experts() -> str:
-    """A quantisation for CPUs where vLLM has no int8 kernels, that is without AMX -> its name. The
+    """int8 for CPUs, on which vLLM has int8 kernels only with AMX -> the name of the method. The
     experts' weights are rounded to vLLM's int8 grid, one scale an output channel, at every load,
     and then multiplied as bf16: the numbers of int8 weights, not their speed."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts

@@ -29,6 +29,15 @@ def test_page(page, capsys, monkeypatch):
         assert (TUTORIALS / path).stat().st_size > 0
 
 
+def test_what_pages_quote_is_the_source():
+    lines = [line.strip() for line in (ROOT / "nano_moe_rl.py").read_text().splitlines()]
+    quotes = [quote for page in PAGES for _, quote in pages.blocks(page, "source")]
+    assert len(quotes) >= 3
+    for quote in quotes:
+        wanted = [line.strip() for line in quote.splitlines()]
+        assert any(lines[i : i + len(wanted)] == wanted for i in range(len(lines))), quote
+
+
 SHELL = [(page, source) for page in PAGES for _, source in pages.blocks(page, "bash")]
 
 

@@ -3,6 +3,7 @@
     python tutorials/figures.py pilot    # choose the stress level, by the rule below
     python tutorials/figures.py core     # run the grid; again: go on where it was interrupted
     python tutorials/figures.py dials    # precision x N, depth and experts; resumes as well
+    python tutorials/figures.py core --results runs/figures    # anew: results/ has all of its runs already
     python tutorials/figures.py report   # pictures and the table of verdicts from what there is
     python tutorials/figures.py all --quick --results /tmp/quick    # a short look, for CI
 
@@ -420,10 +421,10 @@ def verdicts(runs: Runs) -> list[tuple[str, str, str]]:
         ("N=1: length-norm is stable", majority(runs, cell("N=1", "+ length-norm"), False)),
         ("N=1: - IS fails and its entropy falls",
          all_of(majority(runs, cell("N=1", "- IS"), True), entropy_moves(runs, cell("N=1", "- IS"), False))),
-        ("mild: R3 gains nothing on-policy",
+        ("N=1, mild: R3 gains nothing",
          ("+ R3 minus MiniRL: {:+.3f} [{:+.3f}, {:+.3f}]".format(*mild_gain),
           sign(-mild_gain[2], -mild_gain[1], -MARGIN))),
-        ("R3 lowers the training-inference KL",
+        ("N=1: R3 lowers the training-inference KL",
          (f"by a factor of {np.exp(mean):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]", sign(-high, -low))),
         ("N=1: R3 - IS fails without a KL spike",
          all_of(majority(runs, cell("N=1", "+ R3 - IS"), True), spike_free(cell("N=1", "+ R3 - IS")))),
@@ -438,7 +439,7 @@ def verdicts(runs: Runs) -> list[tuple[str, str, str]]:
         ("N=8: R3 + clip does not fail", majority(runs, cell("N=8", "R3 + clip"), False)),
         ("on-policy and the best off-policy recipe reach equal peaks", best_off_policy()),
         ("cold starts converge", spreads()),
-        ("flips grow with the layer", flips_grow()),
+        ("N=1, mild: flips grow with the layer", flips_grow()),
         ("N=4, 8: clip without replay fails more often than with R2",
          more_often(runs, [(cell(f"N={N}", "none + clip"), cell(f"N={N}", "R2 + clip")) for N in (4, 8)])),
         ("R3 without clip fails more often than with",
@@ -456,7 +457,8 @@ def verdict_table(runs: Runs) -> str:
     head = f"Seeds a cell: {min(seeds)} to {max(seeds)}. " + ", ".join(
         f"{decision}: {sum(d == decision for *_, d in rows)}" for decision in (REPRODUCED, CONTRADICTED, UNDECIDED, ABSENT))
     lines = [head, "", "With 95 % intervals about one in twenty misses its value by chance. End scores are means",
-             "of the last 5 evaluations; failing: below .95 of the peak of that mean.", "",
+             "of the last 5 evaluations; failing: below .95 of the peak of that mean. *Equal*, *>=* and *gains nothing*",
+             "allow a margin of .03. Level stressed, unless a row says mild.", "",
              "| | claim | measured, 95 % interval | verdict |", "|---|---|---|---|"]
     lines += [f"| {i} | {claim} | {text} | **{decision}** |" for i, (claim, text, decision) in enumerate(rows, 1)]
     return "\n".join(lines) + "\n"
@@ -553,6 +555,7 @@ def draw_summary(runs: Runs, folder: Path):
         axes.set(xticks=range(3), xticklabels=["N = 2", "N = 4", "N = 8"])
         axes.grid(alpha=0.25, axis="y")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(f"level stressed; mean and 95 % interval of {len(SEEDS)} seeds. python tutorials/figures.py core", fontsize=8)
     figure.savefig(folder / "summary.svg", metadata={"Date": None})
 
 
@@ -577,6 +580,7 @@ def draw_toys(folder: Path):
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
+    figure.suptitle("by enumeration, no seeds. python tutorials/figures.py report")
     figure.savefig(folder / "toys.svg", metadata={"Date": None})
 
 
@@ -595,7 +599,7 @@ def draw_phases(runs: Runs, folder: Path):
         axes.imshow(ends, cmap="gray", vmin=0, vmax=1, aspect="auto")
         axes.set(title=replay, xticks=range(len(NS)), xticklabels=[f"N={N}" for N in NS],
                  yticks=range(len(PRECISIONS)), yticklabels=PRECISIONS)
-    figure.suptitle("score at the end, with clipping. python tutorials/figures.py dials")
+    figure.suptitle("score at the end, with clipping; level mild but for the precision. python tutorials/figures.py dials")
     figure.savefig(folder / "phases.svg", metadata={"Date": None})
 
 
@@ -609,11 +613,12 @@ def draw_flips(runs: Runs, folder: Path):
                 rows = runs.cells.get(f"flips | {precision}, {shape} | dial", {}).values()
                 if rows:
                     axes.plot(np.mean([row["flips"] for row in rows], 0), line, marker="o", color=str(shade),
-                              label=f"{value} {name}, {precision}")
-        axes.set(title=f"share of tokens with other experts, by {name}", xlabel="layer", yscale="log",
+                              label=f"{value} {name}" if precision == "fp8" else None)
+        axes.set(title=f"tokens with other experts, by number of {name}", xlabel="layer", yscale="log",
                  xticks=range(max(DEPTHS) if name == "layers" else 3))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle("after the cold start, no RL; solid fp8, dashed int4 rollouts. python tutorials/figures.py dials")
     figure.savefig(folder / "flips.svg", metadata={"Date": None})
 
 

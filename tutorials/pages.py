@@ -15,7 +15,8 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 def blocks(page: Path, language: str = "python") -> list[tuple[int, str]]:
     """(line number, source) of each block in a language, those in folded solutions too. A shell block
-    (bash) that takes more than seconds on a CPU begins with "# needs", and what."""
+    (bash) that takes more than seconds on a CPU begins with "# needs", and what. "source" quotes the
+    single file, line by line."""
     text = page.read_text()
     return [(text[: match.start(1)].count("\n"), match[1])
             for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
