@@ -2,7 +2,7 @@
 
 Each takes logprobs, old_logprobs, rollout_logprobs (B, T), advantages (B,), mask (B, T), and returns
 the loss () and the gate (B, T), True where a token has a gradient. Formulas of GRPO and CISPO:
-arXiv 2512.01374, appendix A; GSPO: arXiv 2507.18071. Ratios are π_θ/π_old but where μ is named.
+arXiv 2512.01374, appendix A; GSPO: arXiv 2507.18071; DPPO: arXiv 2602.04879. Ratios are π_θ/π_old but where μ is named.
 """
 from torch import Tensor
 from einops import rearrange
