@@ -33,7 +33,12 @@ class Ranks:
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
-            store = next(iter(dist.rendezvous("env://")))[0]
+            try:
+                store = next(iter(dist.rendezvous("env://")))[0]
+            except dist.DistError as error:  # torchrun meets a port in use itself, before any rank
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                refuse(f"no meeting of ranks at {address}: {str(error).splitlines()[0]}; give "
+                       "another MASTER_PORT, or let torchrun --standalone choose one")
         else:  # started without torchrun: one process, and vLLM asks for these too
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
             os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",

@@ -132,6 +132,22 @@ def test_one_engine_on_two_ranks_trains_the_same_number_of_updates(folder):
     assert max(row["staleness_kl"] for row in rows[0::2]) < 1e-9 < rows[1]["staleness_kl"]
 
 
+def test_the_recipe_of_a_node_runs_on_a_small_checkpoint(folder):
+    """bf16 training, CPU offload, gradient checkpointing, two engines of two ranks each: all of that file but for
+    its sizes, its data, and fp8, for which a CPU may lack the units."""
+    start_from = "runs/laptop-cold-start"
+    recipe = ROOT / "scaled/configs/qwen3_30b_a3b.toml"
+    code, _, err = finish(start(
+        folder, "scaled.train", "--config", recipe, "--checkpoint", start_from, "--train-data",
+        f"{start_from}/train.jsonl", "--eval-data", f"{start_from}/eval.jsonl", "--no-chat", "--reward", "running_sum",
+        "--max-prompt", 7, "--max-response", 22, "--prompts", 8, "--group-size", 8, "--updates", 4, "--lr", 3e-4,
+        "--rollout-precision", "bf16", "--token-budget", 2000, ranks=4))
+    assert code == 0, err
+    rows = metrics(folder, "qwen3_30b_a3b")
+    assert len(rows) == 4 and all(row["grad_norm"] > 0 and row["mismatch_kl"] < 1e-3 for row in rows)
+    assert rows[0]["staleness_kl"] < 1e-4 < rows[3]["staleness_kl"]
+
+
 def test_a_nano_checkpoint_exports_to_the_same_policy(tmp_path):
     c = nano.Config(experts=8, expert_width=24, layers=2)
     model = nano.Model(c)
@@ -261,14 +277,23 @@ def reward(prompts, texts, tokens):
     assert len(lines) == 1 and "rank 1 at update 0: " in lines[0] and "train.jsonl:" in lines[0]
 
 
-def test_a_port_in_use_ends_at_once(tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "none"])
+def test_a_port_in_use_ends_at_once(tmp_path, launcher):
+    """torchrun meets it before there is a rank, and says so itself; without it rank 0 does."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = str(taken.getsockname()[1])
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", port]
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port",
-             str(taken.getsockname()[1]), "-m", "scaled.train", "--config", LAPTOP], cwd=tmp_path, text=True,
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | dict(PYTHONPATH=str(ROOT)))
+            [sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "scaled.train", "--config",
+             LAPTOP], cwd=tmp_path, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | dict(PYTHONPATH=str(ROOT)) | (dict(
+                RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if launcher == "none" else {}))
         code, out, err = finish(process, 60)
-    assert code != 0 and "EADDRINUSE" in err and not (tmp_path / "runs").exists()
+    assert code != 0 and not (tmp_path / "runs").exists()
+    if launcher == "torchrun":
+        assert "EADDRINUSE" in err
+    else:
+        lines = [line for line in err.splitlines() if line.startswith("scaled: ")]
+        assert code == 2 and len(lines) == 1 and f"127.0.0.1:{port}" in lines[0]
