@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version as installed_version
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -133,6 +133,24 @@ def train(run: Run, resume: bool):
         writer.close()
 
 
+def check_folder(c: Config, resume: bool):
+    """ValueError if runs/NAME cannot take a new run, or has nothing to resume with these options."""
+    folder = Path("runs", c.name)
+    saved = checkpoint.checkpoints(folder)
+    if not resume and (folder / "config.json").exists():
+        raise ValueError(f"--name {c.name}: is taken; give another, or " + (
+            "--resume" if saved else f"remove {folder}: it has no checkpoint"))
+    if resume and not saved:
+        raise ValueError(f"--resume: {folder} has no checkpoint; start without it")
+    if resume:
+        before = json.loads((folder / "config.json").read_text())
+        changed = [name for name, value in asdict(c).items()
+                   if name != "updates" and before.get(name) != value]
+        if changed:
+            raise ValueError(f"--resume: {', '.join(changed)} differ from {folder}/config.json; "
+                             "only updates can change")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for a run that failed, 2 for one that was refused. torchrun makes both 1."""
     parser = command_line(Config, __doc__.split("\n")[0])
@@ -144,20 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         c = read_config(path, given)
         c.check_processes(WORLD)
-        folder = Path("runs", c.name)
-        if resume and not checkpoint.checkpoints(folder):
-            raise ValueError(f"--resume: {folder} has no checkpoint; start without it")
-        if not resume and (folder / "config.json").exists():
-            raise ValueError(f"--name {c.name}: is taken; give another, or " + (
-                "--resume" if checkpoint.checkpoints(folder) else f"remove {folder}: it has no "
-                "checkpoint"))
-        if resume:
-            saved = json.loads((folder / "config.json").read_text())
-            changed = [name for name, value in asdict(c).items()
-                       if name != "updates" and saved[name] != value]
-            if changed:
-                raise ValueError(f"--resume: {', '.join(changed)} differ from {folder}/config.json; "
-                                 "only updates can change")
+        check_folder(c, resume)
     except ValueError as error:
         refuse(str(error))
     ranks = Ranks()

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
 import nano_moe_rl as nano  # noqa: E402
+from tiny_run import arguments  # noqa: E402
 
 
 @pytest.fixture
@@ -35,6 +36,39 @@ def group(tmp_path_factory):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """A picture takes a second and decides nothing: only runs in a process of their own draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nano, "draw", lambda rows, path: None)
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, no_pictures):
+    """A directory with one finished run, runs/done."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert nano.main(arguments(name="done")) == 0
+    return folder
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    """So small a model is never right. Rewards from its tokens give it something to learn."""
+    def grade(tokens, prompt_lengths, lengths):
+        return (tokens.gather(1, lengths[:, None] - 2)[:, 0] % 2).float()
+
+    monkeypatch.setattr(nano, "grade", grade)
 
 
 def sample_rollout(model, precision, n_prompts=6, seed=0, **changes):

@@ -1,99 +1,18 @@
-"""The command line and a whole run: refusals, files, resume, interruption, failure, and a reward that rises."""
+"""The command line: what it refuses, and how it ends."""
 
-import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_run import RUN_FILES, SCRIPT, TINY, arguments, checkpoint, metrics
 
 import nano_moe_rl as nano
 
-# So small that a run takes a second, yet right often enough for advantages, and so gradients, to exist.
-TINY = dict(width=32, heads=1, layers=2, experts=4, expert_width=8, max_digits=4, cold_start_steps=30,
-            updates=4, mini_batch=16, group_size=4, mini_batches=2, eval_every=2, eval_prompts=8)
-SCRIPT = str(Path(nano.__file__).resolve())
-METRICS = {"update", "reward", "score", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction",
-           "effective_sample_size", "routing_agreement", "clip_fraction", "response_length", "grad_norm",
-           "tokens_per_second", "seconds"}
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_pictures():
-    """A picture takes a second and decides nothing: here only the runs in a process of their own draw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nano, "draw", lambda rows, path: None)
-        yield
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, no_pictures):
-    """A directory with one finished run, runs/done."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert nano.main(arguments(name="done")) == 0
-    return folder
-
-
-def arguments(**changes):
-    return [text for name, value in (TINY | changes).items() for text in ("--" + name.replace("_", "-"), str(value))]
-
-
-@pytest.fixture
-def rewarded(monkeypatch):
-    """So small a model is never right. Rewards from its tokens give it something to learn."""
-    def grade(tokens, prompt_lengths, lengths):
-        return (tokens.gather(1, lengths[:, None] - 2)[:, 0] % 2).float()
-
-    monkeypatch.setattr(nano, "grade", grade)
-
-
-def metrics(name):
-    """The rows of runs/NAME/metrics.jsonl; json.loads raises at half a line."""
-    return [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(name):
-    return torch.load(Path("runs", name, "checkpoint.pt"))
-
-
-def untimed(rows):
-    """Metrics but for the two that no seed decides."""
-    return [{key: row[key] for key in METRICS - {"seconds", "tokens_per_second"}} for row in rows]
-
-
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in folder.rglob("*")}
-
-
-def leaves(tree, path=""):
-    """The tensors and values of nested dicts and lists, by path."""
-    if isinstance(tree, dict | list | tuple):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {name: leaf for key, value in items for name, leaf in leaves(value, f"{path}/{key}").items()}
-    return {path: tree}
-
-
-def assert_identical(tree, other):
-    tree, other = leaves(tree), leaves(other)
-    assert tree.keys() == other.keys()
-    for path, leaf in tree.items():
-        same = torch.equal(leaf, other[path]) if isinstance(leaf, torch.Tensor) else leaf == other[path]
-        assert same, path
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # argv after the tiny options, the flag at fault, and what the line has to offer instead
@@ -132,6 +51,11 @@ REFUSALS = [
 ]
 
 
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("line, at_fault, remedy", REFUSALS, ids=[row[0] for row in REFUSALS])
 def test_refused_in_one_line_that_leaves_no_trace(finished, monkeypatch, capsys, line, at_fault, remedy):
     monkeypatch.chdir(finished)
@@ -147,125 +71,13 @@ def test_refused_in_one_line_that_leaves_no_trace(finished, monkeypatch, capsys,
     assert files(finished) == before
 
 
-def test_a_run_leaves_four_files_and_narrow_output(folder):
-    options = arguments(eval_every=3)  # 4 updates: the last score is not on the grid
-    run = subprocess.run([sys.executable, SCRIPT, *options], cwd=folder, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout and max(map(len, run.stdout.splitlines())) <= 120
-    assert {path.name for path in Path("runs").iterdir()} == {"cold_start", "run-1"}
-    assert {path.name for path in Path("runs/run-1").iterdir()} == RUN_FILES  # and no temporary one
-    config = asdict(nano.Config(**TINY | {"eval_every": 3, "name": "run-1"}))
-    assert json.loads(Path("runs/run-1/config.json").read_text()) == config == checkpoint("run-1")["config"]
-
-    rows = metrics("run-1")
-    assert [row["update"] for row in rows] == [1, 2, 3, 4]
-    for row in rows:
-        assert row.keys() == METRICS
-        # a score for each multiple of 3, when its rollout batch of 2 updates ends
-        assert isinstance(row["score"], float) if row["update"] == 4 else row["score"] is None
-        assert row["reward"] * 16 % 1 == 0 and (row["score"] or 0) * 8 % 1 == 0  # means of zeros and ones
-        agreement = row["routing_agreement"]
-        assert len(agreement) == 2 and all(0 <= share <= 1 for share in agreement)
-        assert row["seconds"] > 0 and row["tokens_per_second"] > 0
-    picture = Path("runs/run-1/curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
-
-    assert nano.main(options) == 0
-    assert {path.name for path in Path("runs").iterdir()} == {"cold_start", "run-1", "run-2"}
-    assert untimed(metrics("run-2")) == untimed(rows)
-
-
-def test_resume_equals_no_interruption(tmp_path, monkeypatch, rewarded):
-    for place in ("whole", "parts"):
-        (tmp_path / place).mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    assert nano.main(arguments(name="a", updates=8)) == 0
-    whole, whole_rows = checkpoint("a"), metrics("a")
-    monkeypatch.chdir(tmp_path / "parts")
-    assert nano.main(arguments(name="a", updates=4)) == 0
-    assert nano.main(["--resume", "a", "--updates", "8"]) == 0
-    parts, parts_rows = checkpoint("a"), metrics("a")
-
-    moved = [row["grad_norm"] > 0 for row in whole_rows]
-    assert any(moved[:4]) and any(moved[4:])  # else no optimizer state was there to lose
-    assert untimed(whole_rows) == untimed(parts_rows)
-    assert parts_rows == parts["rows"]
-    for state in (whole, parts):
-        state["rows"] = untimed(state["rows"])
-    assert {"model", "optimizer", "rows", "config"} == whole.keys()
-    assert_identical(whole, parts)
-    assert json.loads(Path("runs/a/config.json").read_text())["updates"] == 8
-
-
-def test_rows_beyond_the_checkpoint_are_cut_back(folder):
-    assert nano.main(arguments(name="a")) == 0
-    log, kept = Path("runs/a/metrics.jsonl"), metrics("a")
-    with open(log, "a") as f:  # as a kill leaves it: two updates after the last save, and half a third
-        for update in (5, 6):
-            f.write(json.dumps(kept[-1] | {"update": update, "reward": -1.0}) + "\n")
-        f.write('{"update": 7, "sco')
-    assert nano.main(["--resume", "a", "--updates", "6"]) == 0
-    rows = metrics("a")
-    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[:4] == kept and min(row["reward"] for row in rows) >= 0
-
-
-def test_the_same_seed_repeats_and_another_differs(tmp_path, monkeypatch, rewarded):
-    runs = {}
-    for place, seed in (("first", 3), ("second", 3), ("third", 4)):
-        (tmp_path / place).mkdir()
-        monkeypatch.chdir(tmp_path / place)
-        assert nano.main(arguments(name="a", seed=seed)) == 0
-        runs[place] = untimed(metrics("a")), checkpoint("a")["model"]
-    assert any(row["grad_norm"] > 0 for row in runs["first"][0])
-    assert_identical(runs["first"], runs["second"])
-    assert runs["first"][0] != runs["third"][0]
-    weights, others = runs["first"][1], runs["third"][1]
-    name = "layers.0.mlp.gate.weight"
-    assert not torch.equal(weights[name], others[name])
-
-
-def nan_from(first):
-    """MiniRL's loss, NaN from call `first` on."""
-    calls, minirl_loss = [], nano.minirl_loss
-
-    def loss_fn(*tensors, **options):
-        calls.append(1)
-        loss, gate = minirl_loss(*tensors, **options)
-        return (loss * float("nan") if len(calls) >= first else loss), gate
-    return loss_fn
-
-
-def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(folder):
-    assert nano.main(arguments(name="good", updates=6, eval_every=3)) == 0
-    # The NaN comes in the second of two mini-batches: nothing of this batch may reach the disk.
-    c = nano.Config(**TINY | {"name": "bad", "updates": 12, "eval_every": 3})
-    with pytest.raises(FloatingPointError):
-        nano.train(c, loss_fn=nan_from(8))
-    good, bad = checkpoint("good"), checkpoint("bad")
-    assert len(bad["rows"]) == 6 and untimed(bad["rows"]) == untimed(good["rows"])
-    for part in ("model", "optimizer"):
-        assert_identical(bad[part], good[part])
-    for path, leaf in leaves([bad["model"], bad["optimizer"]]).items():
-        assert torch.as_tensor(leaf if leaf is not None else 0).isfinite().all(), path
-
-
-def test_a_nan_loss_ends_main_with_the_path_of_the_checkpoint(folder, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(nano, "minirl_loss", nan_from(3))
-        assert nano.main(arguments(name="bad")) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "runs/bad/checkpoint.pt" in err
-    assert len(checkpoint("bad")["rows"]) == 2
-    assert nano.main(["--resume", "bad"]) == 0  # with the loss repaired
-    assert [row["update"] for row in metrics("bad")] == [1, 2, 3, 4]
-
-
 def test_ctrl_c_leaves_a_checkpoint_a_picture_and_no_traceback(folder):
     log = Path("runs/a/metrics.jsonl")
     argv = arguments(name="a", updates=100_000, eval_every=100_000)
     run = subprocess.Popen([sys.executable, SCRIPT, *argv], cwd=folder,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                           # a shell's background jobs ignore Ctrl-C, and so would their children
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         deadline = time.monotonic() + 180
         while not (log.exists() and log.read_text().count("\n") >= 3):
@@ -286,63 +98,6 @@ def test_ctrl_c_leaves_a_checkpoint_a_picture_and_no_traceback(folder):
     assert [row["update"] for row in metrics("a")] == list(range(1, update + 3))
 
 
-def test_one_cold_start_serves_all_rl_options_and_only_its_own_task(folder, monkeypatch):
-    def cached():
-        return {path.name for path in Path("runs/cold_start").iterdir()}
-
-    def no_training(*_):
-        raise AssertionError("the cold start was trained again")
-
-    c = nano.Config(**TINY)
-    weights = nano.cold_start(c).state_dict()
-    first = cached()
-    assert len(first) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(nano, "demonstrations", no_training)
-        for changes in ({}, {"lr": 1e-3}, {"replay": "none"}, {"name": "b", "updates": 10}, {"mini_batches": 1}):
-            assert_identical(nano.cold_start(replace(c, **changes)).state_dict(), weights)
-        assert cached() == first
-        for changes in ({"seed": 1}, {"teacher": "equation"}):
-            with pytest.raises(AssertionError, match="trained again"):
-                nano.cold_start(replace(c, **changes))
-    for n, changes in enumerate(({"seed": 1}, {"teacher": "equation"}), start=2):
-        other = nano.cold_start(replace(c, **changes)).state_dict()
-        assert not torch.equal(other["lm_head.weight"], weights["lm_head.weight"])
-        assert len(cached()) == n
-    assert all(re.fullmatch(r"[0-9a-f]+\.pt", name) for name in cached())  # no temporary file
-
-
-def test_evaluate_changes_nothing_and_repeats(config, model, rollout):
-    batch = nano.prepare_batch(model, rollout, rollout.version)
-    nano.policy(model, batch)[0].sum().backward()
-    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
-    random_state = torch.get_rng_state()
-    first, second = nano.evaluate(model), nano.evaluate(model)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    for parameter, (value, gradient) in zip(model.parameters(), before, strict=True):
-        assert parameter.requires_grad
-        assert torch.equal(parameter, value) and torch.equal(parameter.grad, gradient)
-    assert len(first.tokens) == len(first.rewards) == config.eval_prompts
-    assert_identical(vars(first), vars(second))
-
-
-def test_the_last_score_is_that_of_the_checkpoint(finished, monkeypatch):
-    monkeypatch.chdir(finished)
-    state = checkpoint("done")
-    model = nano.Model(nano.Config(**state["config"]))
-    model.load_state_dict(state["model"])
-    assert nano.evaluate(model).rewards.mean().item() == metrics("done")[-1]["score"]
-
-
-def test_the_reward_rises(folder):
-    """The default model. Seeds 0, 1 and 2 rise by 0.29, 0.39 and 0.46, so 0.15 leaves room."""
-    c = nano.Config(mini_batch=128, updates=32, eval_every=32, eval_prompts=256, lr=5e-4, name="a")
-    before = nano.evaluate(nano.cold_start(c)).rewards.mean().item()
-    assert before > 0.2
-    nano.train(c)
-    assert metrics("a")[-1]["score"] > before + 0.15
-
-
 def test_a_bug_in_training_is_no_refusal(folder, monkeypatch):
     """Exit code 2 is for what was asked; a missing route or stale weight in a run keeps its traceback."""
     def stale(*_):
@@ -351,10 +106,3 @@ def test_a_bug_in_training_is_no_refusal(folder, monkeypatch):
     monkeypatch.setattr(nano, "prepare_batch", stale)
     with pytest.raises(ValueError, match="stale"):
         nano.main(arguments(name="a"))
-
-
-def test_a_renamed_run_resumes_in_its_new_folder(folder):
-    assert nano.main(arguments(name="a")) == 0
-    Path("runs/a").rename("runs/b")
-    assert nano.main(["--resume", "b", "--updates", "6"]) == 0
-    assert not Path("runs/a").exists() and len(metrics("b")) == 6

@@ -2,7 +2,6 @@
 import json
 import shutil
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch

@@ -1,85 +1,16 @@
-"""scaled/replay.py on a tiny random checkpoint of every family, fp32."""
+"""What replay does, on a tiny random checkpoint of every family, fp32."""
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers as tf
 from families import CONFIGS, build
+from replaying import (B, COTANGENT, LENGTHS, MASK, T, TOKENS, assert_same, backward, error, every_family,
+                       foreign_routes, run, spy)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import CheckpointError
 
-from scaled.replay import FAMILIES, RoutingReplay, moe_layers, route_shape, routers
-
-LENGTHS = torch.tensor([11, 7, 9])
-B, T = len(LENGTHS), 11
-MASK = torch.arange(T) < LENGTHS[:, None]
-TOKENS = torch.randint(61, (B, T), generator=torch.Generator().manual_seed(1))
-COTANGENT = torch.randn(B, T, 61, generator=torch.Generator().manual_seed(2))
-every_family = pytest.mark.parametrize("family", CONFIGS)
-
-
-def foreign_routes(config, seed=3):
-    """Random valid routes for real tokens, on padding an id that no model has."""
-    L, A, E = route_shape(config)
-    shuffled = torch.rand(B, T, L, E, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    return shuffled[..., :A].to(torch.uint8).masked_fill(~MASK[..., None, None], 255)
-
-
-def spy(model):
-    """Layer -> outputs of its router, appended at every call."""
-    calls = {layer: [] for layer in routers(model)}
-    for layer, router in routers(model).items():
-        router.register_forward_hook(lambda _, __, out, layer=layer: calls[layer].append(out))
-    return calls
-
-
-def backward(model, logits):
-    """Gradients of a sum over real tokens, by name."""
-    model.zero_grad()
-    (logits * COTANGENT)[MASK].sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def run(model, replay, mask=MASK):
-    """-> logits (B, T, V), gradients, live routing."""
-    with RoutingReplay(model, replay, mask) as routes:
-        logits = model(TOKENS).logits
-        gradients = backward(model, logits)
-    return logits.detach(), gradients, routes.routing
-
-
-def error(value, expected):
-    """Relative, in the 2-norm."""
-    return (value - expected).norm() / expected.norm()
-
-
-def assert_same(one, other):
-    """Logits of real tokens and all gradients, bit for bit."""
-    assert torch.equal(one[0][MASK], other[0][MASK])
-    assert one[1].keys() == other[1].keys()
-    for name in one[1]:
-        assert torch.equal(one[1][name], other[1][name]), name
-
-
-def test_every_family_of_the_table_is_tested():
-    assert {config.model_type for config in CONFIGS.values()} == FAMILIES.keys()
-
-
-@every_family
-def test_routers_are_keyed_by_the_layer_index(family):
-    model = build(CONFIGS[family])
-    expected = {}
-    for layer in model.model.layers:
-        mixer = getattr(layer, "self_attn", None) or layer.linear_attn
-        block = getattr(layer, "mlp", None) or layer.block_sparse_moe
-        router = getattr(block, "gate", getattr(block, "router", None))
-        if hasattr(block, "experts"):
-            expected[mixer.layer_idx] = router
-    assert routers(model) == expected and list(expected) == moe_layers(model.config)
-    router = next(iter(expected.values()))
-    assert route_shape(model.config) == (len(expected), router.top_k, len(router.weight))
+from scaled.replay import RoutingReplay, route_shape, routers
 
 
 @every_family
@@ -224,16 +155,6 @@ def test_recompute_sees_the_same_routes(family):
 
 
 @every_family
-def test_backward_outside_is_refused_when_it_would_recompute(family):
-    model = build(CONFIGS[family]).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    with RoutingReplay(model, foreign_routes(model.config), MASK):
-        logits = model(TOKENS).logits
-    with pytest.raises(CheckpointError, match="number of tensors"):
-        backward(model, logits)
-
-
-@every_family
 def test_padding_has_no_influence(family):
     """Other padding tokens and routes: the same bits. Each row alone, without padding: 1e-5, since
     other rows share its matrix products."""
@@ -265,26 +186,6 @@ def test_padding_goes_to_experts_in_turn(family, mode):
 
 
 @every_family
-def test_bad_routes_are_refused_with_their_number(family):
-    model, replay = build(CONFIGS[family]), foreign_routes(CONFIGS[family])
-    L, A, E = route_shape(model.config)
-    assert not MASK[1, 8]  # its 255 is no fault
-    for bad in (E, 255):
-        broken = replay.clone()
-        broken[0, 4, L - 1, 1], broken[2, 8, 0, A - 1] = bad, bad
-        broken[2, 3, 0, 0] = broken[2, 3, 0, 1]  # twice the same expert
-        with pytest.raises(ValueError, match=f"valid route for 3 of {27 * L} "):
-            RoutingReplay(model, broken, MASK)
-    missing = replay.to(torch.int16).masked_fill(~MASK[..., None, None], 0)
-    missing[0] = -1
-    with pytest.raises(ValueError, match=f"valid route for {11 * L} of {27 * L} "):
-        RoutingReplay(model, missing, MASK)
-    for wrong in (replay[:, :, 1:], replay[..., 1:], replay[:, 1:], replay[1:]):
-        with pytest.raises(ValueError, match="replay has shape"):
-            RoutingReplay(model, wrong, MASK)
-
-
-@every_family
 def test_afterwards_the_model_is_native(family):
     model, reference = build(CONFIGS[family]), build(CONFIGS[family], seed=7)
     state = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -309,75 +210,6 @@ def test_two_models_replay_their_own_routes():
     assert_same(alone, beside)
 
 
-def test_routers_that_do_not_fire_once():
-    model = build(CONFIGS["qwen3_moe"])  # routers in layers 0, 2 and 3
-    with pytest.raises(RuntimeError, match=r"0 of 3 routers fired, not .* \[0, 2, 3\]"):
-        with RoutingReplay(model, None, MASK):
-            pass
-    with pytest.raises(RuntimeError, match=r"1 of 3 routers fired, not .* \[0, 3\]"):
-        with RoutingReplay(model, None, MASK):
-            model.model.layers[2].mlp(torch.randn(B, T, 64))
-    with pytest.raises(RuntimeError, match="layer 0 .*ran twice"):
-        with RoutingReplay(model, None, MASK):
-            model(TOKENS)
-            model(TOKENS)
-    with pytest.raises(RuntimeError, match="ran on 30 tokens"):
-        with RoutingReplay(model, None, MASK):
-            model(TOKENS[:, 1:])
-    routes = RoutingReplay(model, None, MASK)
-    with pytest.raises(RuntimeError, match="0 of 3"):
-        routes.routing
-
-
-def test_a_forward_from_before_is_not_recomputed_inside():
-    model = build(CONFIGS["qwen3_moe"]).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    logits = model(TOKENS).logits
-    with pytest.raises(RuntimeError, match="recomputed without a forward"):
-        with RoutingReplay(model, foreign_routes(model.config), MASK):
-            backward(model, logits)
-
-
-def test_nesting_and_copies_are_refused():
-    model = build(CONFIGS["qwen3_moe"])
-    with torch.no_grad(), RoutingReplay(model, None, MASK):
-        with pytest.raises(RuntimeError, match="layer 0 already has a replaced forward"):
-            RoutingReplay(model, foreign_routes(model.config), MASK).__enter__()
-        with pytest.raises(RuntimeError, match="copy it before"):
-            copy.deepcopy(model)
-        model(TOKENS)
-
-
-def test_a_router_that_hides_its_selection_is_refused(monkeypatch):
-    """As a fused kernel would that takes the place of the class's forward."""
-    model = build(CONFIGS["mixtral"])
-    fused = model.model.layers[2].mlp.gate
-    answer = fused(torch.randn(B * T, 64))
-    monkeypatch.setattr(type(fused), "forward", lambda router, hidden: answer)
-    with pytest.raises(RuntimeError, match="layer 0 took 0 top-2 of 7 experts"):
-        run(model, None)
-
-
-def test_unknown_families_are_refused_by_name():
-    for config in (tf.LlamaConfig(), tf.PhimoeConfig()):
-        for ask in (route_shape, moe_layers):
-            with pytest.raises(ValueError, match=f"does not know model_type '{config.model_type}'"):
-                ask(config)
-    small = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=61,
-                 num_hidden_layers=2, num_key_value_heads=1)
-    with pytest.raises(ValueError, match="model_type 'llama'"):
-        RoutingReplay(build(tf.LlamaConfig(**small)), None, MASK)
-    with pytest.raises(ValueError, match="qwen3_moe config has no MoE layer"):
-        routers(build(tf.Qwen3MoeConfig(**small, mlp_only_layers=[0, 1])))
-
-
-def test_routers_that_contradict_the_config_are_refused():
-    model = build(CONFIGS["qwen3_moe"])
-    model.model.layers[2].mlp = model.model.layers[1].mlp
-    with pytest.raises(ValueError, match=r"in layers \[0, 3\], its config says \[0, 2, 3\]"):
-        RoutingReplay(model, None, MASK)
-
-
 @pytest.mark.parametrize("E, dtype", [(256, torch.uint8), (257, torch.int16)])
 def test_the_narrow_dtype_holds_every_id(E, dtype):
     config = copy.deepcopy(CONFIGS["qwen3_moe"])
@@ -393,13 +225,6 @@ def test_the_narrow_dtype_holds_every_id(E, dtype):
     if E > 256:
         with pytest.raises(ValueError, match="uint8, in which ids of 257 experts wrap"):
             RoutingReplay(model, replay.to(torch.uint8), MASK)
-
-
-def test_masks_that_are_no_masks_are_refused():
-    model = build(CONFIGS["mixtral"])
-    for mask in (MASK.long(), MASK[0]):
-        with pytest.raises(ValueError, match="give bool"):
-            RoutingReplay(model, None, mask)
 
 
 @pytest.fixture

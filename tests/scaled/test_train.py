@@ -17,7 +17,7 @@ from scaled import train
 from scaled.run import Run
 from scaled.config import Config, read_config
 from scaled.export import export_nano, nano_tokenizer
-from test_main import METRICS as NANO_METRICS
+from tiny_run import METRICS as NANO_METRICS
 
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
