@@ -56,7 +56,7 @@ class Config:
     token_budget: int = option(16384, "tokens, padding included, in one forward pass of a rank")
     logits_mib: int = option(512, "MiB of fp32 logits in a chunk; about four such exist at once")
     gradient_checkpointing: bool = option(True, "recompute layers in the backward pass")
-    cpu_offload: bool = option(False, "keep weights and optimiser state in host memory")
+    cpu_offload: bool = option(False, "weights and optimiser state in host memory, in training too")
 
     # the inference engine
     rollout_precision: str = option("bf16", "of μ", "fp32", "bf16", "fp8", "int8")

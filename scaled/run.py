@@ -20,6 +20,7 @@ from scaled.replay import RoutingReplay, route_shape
 from scaled.rewards import grade, load_reward, take_counts
 from scaled.rollout import Engine, check_vllm
 from scaled.sync import SyncCheck
+from scaled.trainer import move
 
 
 class Run:
@@ -76,14 +77,24 @@ class Run:
             self.version = checkpoint.load(newest, self.policy, self.optimizer)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)
 
+    def move_trainer(self, device: str):
+        """Out of the engine's way, or back; with cpu_offload FSDP itself keeps it in host memory."""
+        if not self.c.cpu_offload:
+            move(self.policy, self.optimizer, device)
+
     def sync(self):
-        """The trainer's weights into the engine, which is awake and at this version afterwards."""
+        """The trainer's weights into the engine, which is awake and at this version afterwards; the
+        trainer has left the GPU then."""
+        torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
+        if not self.checks_left:
+            self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
         if self.checks_left:
             self.checks_left -= 1
             self.check(self.engine, self.logprobs_of, self.fixed)
+            self.move_trainer("cpu")
 
     @torch.no_grad()
     def logprobs_of(self, tokens, lengths, routing):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nano_moe_rl import command_line, group_advantages
+from nano_moe_rl import DEVICE, command_line, group_advantages
 from scaled import checkpoint
 from scaled.batches import prompts_of_engine, rows_of_rank, take
 from scaled.config import Config, read_config
@@ -42,6 +42,7 @@ def train_batch(run: Run) -> list[dict]:
     with phases("rollout"):
         batch = run.generate(prompts, c.group_size, run.version)
         run.engine.sleep()
+        run.move_trainer(DEVICE)
     batch = replace(batch, advantages=group_advantages(batch.rewards, c.group_size))
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))

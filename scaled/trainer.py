@@ -27,6 +27,15 @@ def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
                                      if isinstance(x, Tensor)})
 
 
+def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
+    """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine samples,
+    and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
+    policy.to(device)  # the parameters stay the objects that FSDP and the optimiser hold
+    for state in optimizer.state.values():
+        state |= {name: x.to(device) for name, x in state.items() if isinstance(x, Tensor)}
+    torch.cuda.empty_cache()  # without a GPU: nothing
+
+
 def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
     """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards and
     advantages are there already. ValueError if a real token has no route to replay."""

@@ -14,7 +14,7 @@ from scaled.config import Config
 from scaled.batches import rows_of_rank, take
 from scaled.export import export_nano
 from scaled.policy import load_policy, named_weights
-from scaled.trainer import prepare_batch, train_step
+from scaled.trainer import move, prepare_batch, train_step
 
 SHAPE = dict(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
              mini_batch=12, group_size=4, eval_prompts=7, temperature=0.8)
@@ -186,3 +186,46 @@ def test_two_ranks_are_one_process(folder, tmp_path):
     assert alone[1]["staleness_kl"] > 1e-7
     for name in weights:
         torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
+
+
+def updates_between_moves(rank, world, folder, moved):
+    """Three updates by AdamW, between which the trainer goes and comes back. There is one device here, so
+    every copy to a device is made to be a copy."""
+    join_group(rank, world, folder / moved)
+    policy = load_policy(folder / "hf", precision="bf16", logits_bytes=10**5, device="cpu",
+                         gradient_checkpointing=True, cpu_offload=False)
+    optimizer, parameters, to = nano.adamw(policy, 1e-3), list(policy.parameters()), torch.Tensor.to
+    whole_batch = torch.load(folder / "batch", weights_only=False)
+    part = take(whole_batch, rows_of_rank(len(whole_batch.tokens), 1, world, rank))
+    c = options(nano.Config(**SHAPE | dict(mini_batches=1, updates=1)), token_budget=60)
+    for _ in range(3):
+        metrics = train_step(policy, optimizer, prepare_batch(policy, part, c), c)
+        if moved == "moved":
+            states = [x for state in optimizer.state.values() for x in state.values()]
+            before = [x.to_local() if isinstance(x, DTensor) else x for x in parameters + states]
+            torch.Tensor.to = lambda x, *args, **options: to(x, *args, **options | dict(copy=True))
+            move(policy, optimizer, "cpu")
+            torch.Tensor.to = to
+            states = [x for state in optimizer.state.values() for x in state.values()]
+            after = [x.to_local() if isinstance(x, DTensor) else x for x in parameters + states]
+            assert len(after) == 4 * len(parameters)  # step and two moments for each
+            assert all(x.data_ptr() != y.data_ptr() for x, y in zip(before, after) if x.numel())
+    assert all(x is y for x, y in zip(parameters, policy.parameters()))
+    weights = {name: x.clone() for name, x in named_weights(policy)}
+    if rank == 0:
+        torch.save((metrics, weights), folder / f"result-{moved}")
+    dist.destroy_process_group()
+
+
+def test_a_trainer_that_leaves_and_comes_back_is_the_same(folder, tmp_path):
+    (tmp_path / "hf").symlink_to(folder)
+    rollout = sample_rollout(nano.Model(nano.Config(**SHAPE)), "fp8", n_prompts=3)
+    rollout.advantages = nano.group_advantages(rollout.rewards, 4)
+    torch.save(rollout, tmp_path / "batch")
+    for moved in ("stayed", "moved"):
+        (tmp_path / moved).mkdir()
+        run_ranks(updates_between_moves, 2, tmp_path, moved)
+    stayed, moved = (torch.load(tmp_path / f"result-{name}") for name in ("stayed", "moved"))
+    assert stayed[0] == moved[0] and stayed[0]["grad_norm"] > 0
+    for name, weight in stayed[1].items():
+        assert torch.equal(weight, moved[1][name]), name
