@@ -97,7 +97,8 @@ def main(argv: list[str]) -> int:
 
     from transformers import AutoTokenizer
     from scaled import checkpoint
-    from scaled.policy import load_policy, save_pretrained
+    from scaled.huggingface import save_pretrained
+    from scaled.policy import load_policy
 
     if not (saved := checkpoint.checkpoints(source)) or not (source / "config.json").exists():
         refuse(f"{source} has no checkpoint: give a checkpoint.pt, or the folder of a scaled run")

@@ -1,37 +1,22 @@
-"""The training engine: a Hugging Face MoE model under FSDP2, loaded and saved piece by piece.
+"""The training engine: a Hugging Face MoE model under FSDP2.
 
 Everything here is a collective, forward and backward too: all ranks of the default process group
 call it, equally often and in the same order."""
-import json
-import os
-import re
-from collections.abc import Iterator
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
                                     OffloadPolicy, fully_shard)
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (WeightConverter, WeightRenaming, dot_natural_key,
-                                             rename_source_key, revert_weight_conversion)
-from transformers.utils.loading_report import LoadStateDictInfo
 
+from scaled.huggingface import read_weights, stays_fp32, tensor_files
 from scaled.logprobs import head_logprobs
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SHARD_BYTES = 5e9  # of one file that save_pretrained writes, and of what rank 0 holds for it
 
 class Policy(nn.Module):
     """log π of a causal LM. The one module whose forward FSDP sees from outside: embedding, final
@@ -75,7 +60,7 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
         raise ValueError(f"precision {precision!r}: give bf16 or fp32")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: give a Hugging Face checkpoint's folder")
-    files = _files(folder)
+    files = tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights: training needs them in bf16 or fp32")
@@ -93,12 +78,8 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
     _shard(policy, precision, gradient_checkpointing, cpu_offload, device)
     _materialise(policy, cpu_offload, device)
     with ExitStack() as stack:
-        _read(model, folder, files, stack)
+        read_weights(model, folder, files, stack)
     return policy
-
-def _stays_fp32(model: PreTrainedModel, name: str) -> bool:
-    """Whether a family computes with this weight in fp32 also in bf16, as ERNIE's routers."""
-    return any(re.search(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
 
 def _shard(policy: Policy, precision: str, gradient_checkpointing: bool, cpu_offload: bool,
            device: torch.device):
@@ -111,7 +92,7 @@ def _shard(policy: Policy, precision: str, gradient_checkpointing: bool, cpu_off
         offload_policy=CPUOffloadPolicy(device.type != "cpu") if cpu_offload else OffloadPolicy())
     if precision == "bf16":
         owners = [name.rpartition(".")[0] for name, _ in model.named_parameters()
-                  if _stays_fp32(model, name)]
+                  if stays_fp32(model, name)]
         for owner in dict.fromkeys(owners):
             if not any(owner.startswith(other + ".") for other in owners):
                 shard(model.get_submodule(owner), mp_policy=full)
@@ -128,7 +109,7 @@ def _shard(policy: Policy, precision: str, gradient_checkpointing: bool, cpu_off
 
 @torch.no_grad()
 def _materialise(policy: Policy, cpu_offload: bool, device):
-    """From the meta device to memory. Parameters and saved buffers hold anything until _read."""
+    """From the meta device to memory. Parameters and saved buffers hold anything until read."""
     policy.to_empty(device="cpu" if cpu_offload else device)
     policy.model.tie_weights()  # to_empty made two tensors of a tied one
     for name, module in policy.model.named_modules():
@@ -141,137 +122,3 @@ def _materialise(policy: Policy, cpu_offload: bool, device):
             if any(b.isnan().any() for b in module.buffers(recurse=False)):
                 raise ValueError(f"{name} has buffers that {type(policy.model).__name__} cannot "
                                  "initialise again: this model cannot be loaded in shards")
-
-# ------------------------------------------------------------------------------ Hugging Face files
-def _files(folder: Path) -> dict[str, str]:
-    """Name of every tensor -> its file. ValueError if there are no safetensors."""
-    if (folder / INDEX).is_file():
-        files = json.loads((folder / INDEX).read_text())["weight_map"]
-        if absent := sorted({f for f in files.values() if not (folder / f).is_file()}):
-            raise ValueError(f"{folder}/{INDEX} names files that are not there: {_some(absent)}")
-        return files
-    if (folder / SINGLE).is_file():
-        with safe_open(folder / SINGLE, "pt") as tensors:
-            return dict.fromkeys(tensors.keys(), SINGLE)
-    raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: convert it to safetensors")
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-def _own_part(whole: Tensor, target: Tensor) -> Tensor:
-    """What this rank keeps of a whole tensor. FSDP cuts the first axis as torch.chunk does."""
-    if not isinstance(target, DTensor):
-        return whole
-    chunks, rank = whole.chunk(target.device_mesh.size()), target.device_mesh.get_local_rank()
-    return chunks[rank] if rank < len(chunks) else whole[:0]
-
-@torch.no_grad()
-def _read(model: PreTrainedModel, folder: Path, files: dict[str, str], stack: ExitStack):
-    """Fills the model's parameters and saved buffers. transformers' conversion says which tensors
-    of a checkpoint make which of the model's, as one per expert make the packed ones."""
-    opened = {file: stack.enter_context(safe_open(folder / file, "pt"))
-              for file in sorted(set(files.values()))}
-    targets = model.state_dict(keep_vars=True)  # tied names share one tensor
-    transforms = get_model_conversion_mapping(model)
-    renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
-    converters = [x for x in transforms if isinstance(x, WeightConverter)]
-    by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
-    jobs, unexpected = {}, set()
-    for source in sorted(files, key=dot_natural_key):  # expert 10 after expert 9
-        rename = partial(rename_source_key, source, base_model_prefix=model.base_model_prefix,
-                         meta_state_dict=targets)
-        name, pattern = rename(weight_renamings=renamings, weight_converters=converters)
-        if name not in targets and source in targets:  # is in the model's own format already
-            name, pattern = rename(weight_renamings=[], weight_converters=[])
-        if name not in targets:
-            unexpected.add(source)
-            continue
-        if name not in jobs:
-            jobs[name] = deepcopy(by_pattern[pattern]) if pattern else WeightRenaming(source, name)
-        jobs[name].add_tensor(  # a callable, read only when its turn comes
-            name, source, pattern or source, partial(opened[files[source]].get_tensor, source))
-    filled = set()
-    for first, job in jobs.items():
-        try:
-            wholes = job.convert(first, model=model, config=model.config)
-        except RuntimeError as reason:  # as of torch.cat, when an expert is missing
-            raise ValueError(f"{folder}: {first} cannot be made of what is there: {reason}")
-        for name, whole in wholes.items():
-            whole = whole[0] if isinstance(whole, list) else whole
-            if whole.shape != (target := targets[name]).shape:
-                raise ValueError(f"{folder}: {name} is {tuple(whole.shape)}, the model that its "
-                                 f"config describes has {tuple(target.shape)}")
-            mine = target.to_local() if isinstance(target, DTensor) else target
-            part = _own_part(whole, target).to(mine)
-            if id(target) in filled and not torch.equal(mine, part):
-                raise ValueError(f"{folder}: {name} differs from the weight that its config ties "
-                                 "it to; set tie_word_embeddings in config.json as it was trained")
-            mine.copy_(part)
-            filled.add(id(target))
-            del whole, part
-    info = LoadStateDictInfo({name for name, x in targets.items() if id(x) not in filled},
-                             unexpected, set(), [], {}, set())
-    model._adjust_missing_and_unexpected_keys(info)  # drops what is not its own, as MTP layers
-    if info.missing_keys or info.unexpected_keys:
-        raise ValueError(f"{folder} does not fit {type(model).__name__}: missing "
-                         f"[{_some(info.missing_keys)}], left over [{_some(info.unexpected_keys)}]")
-
-def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and saved buffer, whole, one at a time, by its name in transformers 5, where
-    experts are packed; a tied weight once. fp32, on the device of the buffers and activations.
-    Only to be read: a single rank gets the weight itself. Every rank takes all of them."""
-    device, seen = next(policy.model.buffers()).device, set()
-    for name, x in policy.model.state_dict(keep_vars=True).items():
-        if id(x) not in seen:
-            seen.add(id(x))
-            x = x.detach().to(device)
-            yield name, x.full_tensor() if isinstance(x, DTensor) else x
-
-def save_pretrained(policy: Policy, folder, tokenizer):
-    """A Hugging Face folder with the tensors as published, so one per expert where the family does
-    it, in the precision that the loaded one had. Rank 0 writes, a decoder layer at a time; nobody
-    returns before it is done. ValueError if there are weights already."""
-    folder, model = Path(folder), policy.model
-    if any(folder.glob("*.safetensors")):  # all ranks agree: none writes before all gather
-        raise ValueError(f"{folder} has weights already: give another folder, or remove it")
-    rank, shard, size, written, total = dist.get_rank(), {}, 0, [], 0
-    parameters = {name for name, _ in model.named_parameters() if not _stays_fp32(model, name)}
-    layer = re.compile(r".*\blayers\.\d+\.")  # no published tensor is made of two layers
-    config = deepcopy(model.config)
-    config.dtype, config.architectures = policy.saved_dtype, [type(model).__name__]
-
-    def flush():
-        path = folder / f"part-{len(written)}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        written.append((path, list(shard)))
-        shard.clear()
-
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    for _, group in groupby(named_weights(policy), lambda x: (layer.match(x[0]) or [""])[0]):
-        whole = {}
-        for name, x in group:
-            if rank == 0:  # buffers, as correction biases, keep their precision
-                whole[name] = x.to("cpu", policy.saved_dtype if name in parameters else x.dtype)
-        for name, x in revert_weight_conversion(model, whole).items() if whole else ():
-            shard[name] = x.contiguous().clone()  # an expert's tensor would keep the packed one
-            size, total = size + x.nbytes, total + x.nbytes
-        if size > SHARD_BYTES:
-            flush()
-            size = 0
-    if rank == 0:
-        if shard:
-            flush()
-        index = {"metadata": {"total_size": total}, "weight_map": {}}
-        for i, (path, names) in enumerate(written, 1):
-            file = f"model-{i:05}-of-{len(written):05}.safetensors" if len(written) > 1 else SINGLE
-            os.replace(path, folder / file)
-            index["weight_map"] |= dict.fromkeys(names, file)
-        if len(written) > 1:
-            (folder / INDEX).write_text(json.dumps(index, indent=2))
-        config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    dist.barrier()

@@ -13,8 +13,9 @@ from scaled import checkpoint
 from scaled.config import Config
 from scaled.data import PromptOrder, end_tokens, load_prompts
 from scaled.export import export_cold_start
+from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
-from scaled.policy import load_policy, named_weights
+from scaled.policy import load_policy
 from scaled.ranks import RANK, WORLD
 from scaled.replay import RoutingReplay, route_shape
 from scaled.rewards import grade, load_reward, take_counts

@@ -123,44 +123,6 @@ def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
     return waiting
 
 
-@cache
-def register_rounded_experts() -> str:
-    """int8 for CPUs, on which vLLM has int8 kernels only with AMX -> the name of the method. The
-    experts' weights are rounded to vLLM's int8 grid, one scale an output channel, at every load,
-    and then multiplied as bf16: the numbers of int8 weights, not their speed."""
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod)
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization import register_quantization_config
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-    from vllm.model_executor.layers.quantization.utils.quant_utils import amax_for_moe_weight_quant
-
-    class RoundedExperts(UnquantizedFusedMoEMethod):
-        def process_weights_after_loading(self, layer):
-            for weight, shards in ((layer.w13_weight, 1), (layer.w2_weight, self.moe.tp_size)):
-                largest = weight.abs().amax(-1)  # (E, out); w2 has a slice of each row on a rank
-                scale = (amax_for_moe_weight_quant(largest, shards) / 127)[..., None]
-                grid = (weight / scale.clamp(min=1e-12)).round().clamp(-127, 127)
-                weight.data.copy_(grid * scale)
-            super().process_weights_after_loading(layer)
-
-    @register_quantization_config("rounded_int8_experts")
-    class RoundedExpertsConfig(QuantizationConfig):
-        get_name = staticmethod(lambda: "rounded_int8_experts")
-        get_supported_act_dtypes = staticmethod(lambda: [torch.bfloat16])
-        get_min_capability = staticmethod(lambda: 0)
-        get_config_filenames = staticmethod(list)
-        from_config = classmethod(lambda cls, config: cls())
-
-        def get_quant_method(self, layer, prefix):
-            if isinstance(layer, RoutedExperts):
-                return RoundedExperts(layer.moe_config)
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-
-    return "rounded_int8_experts"
-
-
 class SyncCheck:
     """Does the engine have the trainer's weights? The first call sets the measure: before any sync,
     when both have the weights of the same folder. Later ones are made after a sync."""

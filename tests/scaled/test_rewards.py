@@ -16,7 +16,7 @@ import torch
 from sympy.parsing import parse_expr
 
 import nano_moe_rl as nano
-from scaled import rewards
+from scaled import judge
 from scaled.data import Prompt
 from scaled.rewards import MathVerify, exact_match, grade, load_reward, running_sum, take_counts
 
@@ -147,7 +147,7 @@ def test_a_worker_runs_no_text_of_a_model_and_does_without_torch(tmp_path):
                 strings.append(str(arguments[0]))
         sys.addaudithook(hook)
         if sys.argv[1] == "worker":
-            from scaled.rewards import serve
+            from scaled.judge import serve
             on = True
             serve(20.0)
         else:
@@ -173,8 +173,8 @@ def test_a_worker_runs_no_text_of_a_model_and_does_without_torch(tmp_path):
 @pytest.mark.parametrize("text", ["1/2", "3 + 1/2", "2*(3-4)", "-3", "--2", "2**3**2", "-(1.5)*4",
                                   "1-2-3", "+7", " (2)/(3)/4", "0.125**2", "12"])
 def test_arithmetic_is_what_sympy_gets_by_eval(text):
-    assert rewards.arithmetic(text) == parse_expr(text)
-    ours, theirs = rewards.arithmetic(text, evaluate=False), parse_expr(text, evaluate=False)
+    assert judge.arithmetic(text) == parse_expr(text)
+    ours, theirs = judge.arithmetic(text, evaluate=False), parse_expr(text, evaluate=False)
     assert ours.doit() == theirs.doit() == parse_expr(text)
 
 
@@ -182,7 +182,7 @@ def test_arithmetic_is_what_sympy_gets_by_eval(text):
                                   "'1'", "Integer(1, 2)", "1 +", "1; 2", "exit()", "x: 1"])
 def test_arithmetic_is_all_it_reads(text):
     with pytest.raises((ValueError, SyntaxError)):
-        rewards.arithmetic(text)
+        judge.arithmetic(text)
 
 
 @pytest.mark.parametrize("answer, message", [

@@ -11,7 +11,8 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from scaled.replay import RoutingReplay
-from scaled.rollout import Engine, check_vllm, normalise_routes, quantisation, quantised_sizes
+from scaled.quantisation import quantisation, quantised_sizes
+from scaled.rollout import Engine, check_vllm, normalise_routes
 
 ROOT = Path(__file__).parents[2]
 EOS, TEMPERATURE = 7, 0.7

@@ -13,7 +13,8 @@ from scaled import batches, logprobs, metrics, run, train, trainer
 from scaled.config import Config
 from scaled.batches import rows_of_rank, take
 from scaled.export import export_nano
-from scaled.policy import load_policy, named_weights
+from scaled.huggingface import named_weights
+from scaled.policy import load_policy
 from scaled.trainer import move, prepare_batch, train_step
 
 SHAPE = dict(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert_width=24,
