@@ -23,8 +23,11 @@ def quantisation(precision: str, config, tensor_parallel: int) -> dict:
         if DEVICE == "cpu":  # the same numbers on every CPU
             method = {"quantization": register_rounded_experts()}
         sizes = {name: size for name, size in sizes.items() if "head" not in name}
-    elif DEVICE == "cuda":  # vLLM's "fp8", but that one would quantise the router with the rest
-        unit, method = 16, {"quantization": "fp8_per_tensor", **ignore}
+    elif DEVICE == "cuda":
+        # vLLM's plain "fp8" quantises the router too, and has one scale for the activations of a
+        # whole batch: a token's μ would hang on its neighbours, and on padding that CUDA graphs leave
+        # unwritten. This one has a scale a token. Triton: CUTLASS keeps tensors that sleep discards.
+        unit, method = 16, {"quantization": "fp8_per_channel", "moe_backend": "triton", **ignore}
         if torch.cuda.get_device_capability() < (8, 9):
             raise ValueError(f"rollout precision fp8: {torch.cuda.get_device_name()} has no fp8 "
                              "units; give bf16 or int8")

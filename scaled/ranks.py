@@ -12,6 +12,7 @@ import torch.distributed as dist
 from nano_moe_rl import DEVICE
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TIMEOUT = timedelta(hours=1)  # of a collective; others may be grading long responses
 POLL = 0.5  # seconds between two looks at whether another rank has failed
 
 
@@ -45,7 +46,7 @@ class Ranks:
                                MASTER_PORT=str(store.port))
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
                                 store=store, rank=RANK, world_size=WORLD,
-                                timeout=timedelta(hours=1))
+                                timeout=TIMEOUT)
         self.store, self.over = store.clone(), False
         threading.Thread(target=self._watch, daemon=True).start()
 

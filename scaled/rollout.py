@@ -146,8 +146,8 @@ class Engine:
             if not rollout.routing[rollout.fed].any():
                 raise ValueError("routed_experts: all zero")
             logprobs = rollout.rollout_logprobs[rollout.mask]
-            if not logprobs.isfinite().all() or (logprobs > 0).any():
-                raise ValueError("log-probabilities are not finite or above 0")
+            if (logprobs > 0).any():
+                raise ValueError("log-probabilities are above 0")
         except ValueError as fact:
             raise ValueError(f"vllm {self.vllm_version} does not keep its contract with "
                              f"scaled/rollout.py: {fact}") from fact
@@ -181,6 +181,8 @@ class Engine:
             if not sampled or answer.logprobs.token_ids != sampled:
                 raise ValueError(f"response {i}: {len(answer.logprobs.token_ids)} log-probabilities"
                                  f" for {len(sampled)} sampled tokens")
+            if not np.isfinite(answer.logprobs.logprobs).all():
+                raise ValueError(f"response {i}: log-probabilities are not finite")
             rows.append(torch.tensor(prompt + sampled))
             logprobs.append(torch.tensor([0.0] * (len(prompt) - 1) + answer.logprobs.logprobs))
             routes.append(self.routes(answer.routed_experts, len(rows[-1]) - 1, f"response {i}"))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from scaled.export import export_cold_start
 from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
 from scaled.policy import load_policy
-from scaled.ranks import RANK, WORLD
+from scaled.ranks import RANK, TIMEOUT, WORLD
 from scaled.replay import RoutingReplay, route_shape
 from scaled.rewards import grade, load_reward, take_counts
 from scaled.rollout import Engine, check_vllm
@@ -63,6 +64,7 @@ class Run:
         self.fixed = [p.tokens for p in self.prompts[:8] if len(p.tokens) > 1]
         scored = self.engine.score(self.fixed) if c.check_sync else None
         self.engine.sleep()
+        self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
         self.policy = load_policy(
             c.checkpoint, precision=c.train_precision, logits_bytes=c.logits_mib * 2**20,
             gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload,
@@ -72,7 +74,7 @@ class Run:
         if scored:  # both have the weights of the folder: the measure for all syncs
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
         # the ranks of one engine have the same responses: the first grades them for all
-        self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo")
+        self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         if resume:
             newest = checkpoint.checkpoints(self.folder)[-1]
             self.version = checkpoint.load(newest, self.policy, self.optimizer)
@@ -111,13 +113,16 @@ class Run:
         responses = [row[start:end].tolist() for row, start, end in
                      zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
         with self.phases("reward"):
-            rewards, first = torch.zeros(len(responses)), RANK - RANK % self.c.tensor_parallel
+            first, same = RANK - RANK % self.c.tensor_parallel, crc32(rollout.tokens.numpy().tobytes())
+            rewards = torch.tensor([0.0] * len(responses) + [same], dtype=torch.float64)
             if RANK == first:
                 texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
                 asked = [prompt for prompt in prompts for _ in range(group_size)]
-                rewards = torch.tensor(grade(self.reward, asked, texts, responses))
+                rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, responses))
             dist.broadcast(rewards, first, group=self.peers)
-        return replace(rollout, rewards=rewards)
+            if rewards[-1] != same:
+                raise RuntimeError(f"ranks {first} and {RANK}, one engine, sampled different tokens")
+        return replace(rollout, rewards=rewards[:-1].float())
 
     def evaluate(self) -> dict:
         """Mean reward of k responses to each held-out prompt, with the same seeds at every score, that

@@ -83,7 +83,7 @@ def learn(run: Run):
             run.sync()
         seconds, run.phases.seconds = run.phases.seconds, {}
         seconds["rollout"] -= seconds["reward"]  # which is inside it
-        total, memory = sum(seconds.values()), peak_memory()
+        total, memory = sum(seconds.values()), peak_memory(run.engine_bytes)
         for row in rows:
             row["seconds"] = total / c.mini_batches
             row["tokens_per_second_per_device"] = run.tokens / total / WORLD

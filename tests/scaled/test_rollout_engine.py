@@ -179,6 +179,19 @@ def test_a_lost_route_is_an_error_with_its_count(engine, monkeypatch):
         generate(engine, [[1, 2, 3, 4, 5, 6, 8]], G=2, max_response=20, seed=find_long(engine, run))
 
 
+def test_a_log_probability_that_is_no_number_is_refused(engine, monkeypatch):
+    run = Engine.run
+
+    def broken(self, *args):
+        outputs = run(self, *args)
+        outputs[1].outputs[0].logprobs.logprobs[0] = float("nan")
+        return outputs
+
+    monkeypatch.setattr(Engine, "run", broken)
+    with pytest.raises(ValueError, match="response 1: log-probabilities are not finite"):
+        generate(engine, G=2)
+
+
 def find_long(engine, run):
     """A seed whose second response to the prompt above is cut off at 20 tokens."""
     for seed in range(200):
@@ -230,6 +243,26 @@ def test_precisions_that_shapes_or_device_lack(model, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     with pytest.raises(ValueError, match="multiples of 128 per rank.*hidden_size 64.*give bf16"):
         quantisation("fp8", c, 1)
+
+
+def test_fp8_on_a_gpu_has_a_scale_for_each_token_and_leaves_routers_alone(model, monkeypatch):
+    """By vLLM's own reading of the options, with the names of its Qwen3-MoE."""
+    from vllm.config.quantization import resolve_quantization_config
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+    monkeypatch.setattr("scaled.quantisation.DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="fp8: a card has no fp8 units; give bf16 or int8"):
+        quantisation("fp8", model.config, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    options = quantisation("fp8", model.config, 1)
+    read = resolve_quantization_config(options["quantization"], options["quantization_config"])
+    for weights in (read.linear.weight, read.moe.weight):
+        assert weights.scale.group_shape.is_per_channel() or weights.scale.group_shape.is_per_token()
+    ignored = {name: should_ignore_layer(f"model.layers.0.{name}", read.ignore) for name in (
+        "mlp.gate", "mlp.experts", "mlp.gate_up_proj", "self_attn.qkv_proj", "self_attn.o_proj")}
+    assert [name for name, is_ignored in ignored.items() if is_ignored] == ["mlp.gate"]
 
 
 def test_refusals_at_the_start(model):
