@@ -160,42 +160,34 @@ def product(x, weight, offsets=None, bf16=False):
 def rms_norm(x, weight):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
-def distinct(tokens, mask, replay, past):
+def distinct(tokens, mask, replay=None, start=0):
     """Real tokens with the same tokens and replayed routes up to and with their own are one
-    computation, such as a group's prompt. past (B,) is what was before these tokens. -> first (N,),
-    where each of them is among the B·T positions; place (B, T), which of the N a position is."""
-    columns, pasts = tokens[..., None], []
-    if replay is not None:
-        columns = torch.cat([columns, replay.flatten(2)], 2)
+    computation, such as a group's prompt. Rows with a past of start > 0 tokens share nothing.
+    -> first (N,), where each is among B·T positions; place (B, T), which of the N a position is."""
+    columns = torch.cat([tokens[..., None]] + ([] if replay is None else [replay.flatten(2)]), 2)
+    past, pasts = torch.arange(len(tokens), device=DEVICE) * (start > 0), []
     for t, column in enumerate(columns.unbind(1)):
         _, past = torch.cat([past[:, None], column], 1).unique(dim=0, return_inverse=True)
         pasts.append(past + t * len(tokens))
-    ids, rows = torch.stack(pasts, 1)[mask].unique(return_inverse=True)
-    first = torch.zeros_like(ids).scatter_reduce(
-        0, rows, mask.flatten().nonzero().squeeze(1), "amin", include_self=False)
-    return first, torch.zeros_like(tokens).masked_scatter(mask, rows)
+    _, ids, counts = torch.stack(pasts, 1)[mask].unique(return_inverse=True, return_counts=True)
+    first = mask.flatten().nonzero()[ids.argsort(stable=True)[counts.cumsum(0) - counts], 0]
+    return first, torch.zeros_like(tokens).masked_scatter(mask, ids)
 
 def attend(p, x, first, place, rotary, cache, product):
     """x (N, D) plus its causal grouped-query attention; rotary (2, N, 1, head_dim). A cache
     (2, B, K, T, head_dim) takes keys and values of T positions, of which x has the last S."""
-    d, (B, S), norm, p = rotary.shape[-1], place.shape, p.input_layernorm.weight, p.self_attn
-    q, k, v = p.q_proj.weight, p.k_proj.weight, p.v_proj.weight
-    H, K = len(q) // d, len(k) // d
-    heads = product(rms_norm(x, norm), torch.cat([q, k, v])).view(-1, H + 2 * K, d)
-    qk, v = heads.split([H + K, K], 1)
-    qk = rms_norm(qk, torch.cat([p.q_norm.weight.expand(H, d), p.k_norm.weight.expand(K, d)]))
-    qk = torch.addcmul(qk * rotary[0], qk.roll(d // 2, -1), rotary[1])
-    q, k = qk.split([H, K], 1)
-    q, k, v = (y.index_select(0, place.flatten()).view(B, S, -1, d) for y in (q, k, v))
-    q = rearrange(q, "b s (k g) d -> (b k) (g s) d", k=K).float()
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    (B, S), d, flat = place.shape, rotary.shape[-1], place.flatten()
+    h, p = rms_norm(x, p.input_layernorm.weight), p.self_attn
+    q, k, v = (product(h, w.weight).unflatten(1, (-1, d)) for w in (p.q_proj, p.k_proj, p.v_proj))
+    q, k = rms_norm(q, p.q_norm.weight), rms_norm(k, p.k_norm.weight)
+    q, k = (torch.addcmul(y * rotary[0], y.roll(d // 2, -1), rotary[1]) for y in (q, k))
+    q, k, v = (y.index_select(0, flat).view(B, S, -1, d).transpose(1, 2) for y in (q, k, v))
     if cache is not None:
         cache[0, :, :, -S:], cache[1, :, :, -S:] = k, v
         k, v = cache
-    k, v = k.flatten(0, 1).float(), v.flatten(0, 1).float()  # (B·K, T, head_dim)
-    future = k.new_full((S, k.shape[1]), -math.inf).triu(k.shape[1] - S + 1).repeat(H // K, 1)
-    out = torch.baddbmm(future, q, k.mT, alpha=d**-0.5).softmax(-1) @ v
-    out = rearrange(out, "(b k) (g s) d -> (b s) (k g d)", b=B, s=S).index_select(0, first)
+    seen = torch.ones(S, k.shape[2], dtype=torch.bool, device=DEVICE).tril(k.shape[2] - S)
+    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), seen, enable_gqa=True)
+    out = rearrange(out, "b h s d -> (b s) (h d)").index_select(0, first)
     return x + product(out.to(x.dtype), p.o_proj.weight)
 
 def moe(p, x, A, replay, product):
@@ -246,18 +238,20 @@ class Model(nn.Module):
         self.to(DEVICE)
 
     def forward(self, tokens, replay=None, mask=None, cache=None):
-        """tokens (B, T), replay (B, T, L, A) or None, mask (B, T), False on padding, which
-        is on the right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), always live.
+        """tokens (B, T), replay (B, T, L, A) or None, mask (B, T) or (B, 1), False on padding at
+        the right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), always live.
         The tokens are the last T positions of a cache (L, 2, B, K, positions, head_dim).
         ValueError if replay has the wrong shape, or no valid route for a real token."""
         c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        end, cache = (T, [None] * c.layers) if cache is None else (cache.shape[-2], cache)
-        past = torch.arange(B, device=DEVICE) * (end > T)  # 0: all begin alike
-        first, place = distinct(tokens, mask, replay, past)
-        rotary = self.rotary[:, end - T + first % T].to(self.dtype)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.expand(B, T)
+        start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
+        first, place = distinct(tokens, mask, replay, start)
+        rotary = self.rotary[:, start + first % T].to(self.dtype)
         if replay is not None:
-            check_routes(replay, mask, (B, T, c.layers, c.top_k), c.experts)
+            bad = ((replay < 0) | (replay >= c.experts)).any(-1)[mask]
+            if bad.any() or replay.shape != (B, T, c.layers, c.top_k):
+                raise ValueError(f"replay of shape {tuple(replay.shape)} lacks a valid route for "
+                                 f"{bad.sum()} of {bad.numel()} (token, layer) pairs")
             routes = replay.flatten(0, 1)[first].long().unbind(1)
         x = self.embed_tokens(tokens.flatten()[first]).to(self.dtype)
         for i, p in enumerate(self.layers):
@@ -267,16 +261,6 @@ class Model(nn.Module):
         logits = self.lm_head(rms_norm(x, self.norm.weight).float()).to(self.dtype).float()
         routing = torch.stack(routing, 1)[place].masked_fill(~mask[..., None, None], -1)
         return logits.index_select(0, place.flatten()).view(B, T, -1), routing
-
-def check_routes(routing, mask, shape, experts):
-    """ValueError if the routes (B, T, L, A) of real tokens cannot be replayed."""
-    if routing.shape != shape:
-        raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
-    order = routing[mask].short().sort(-1).values  # an id of uint8 cannot be compared with 256
-    bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
-    if bad.any():
-        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} "
-                         f"(token, layer) pairs: {shape[-1]} different experts below {experts}")
 
 # ----------------------------------------------------------------------------------- 4 Rollout
 @dataclass
@@ -347,8 +331,7 @@ class InferenceEngine:
                             device=DEVICE, dtype=self.model.dtype)
         rollout_logprobs, routing = [cache.new_zeros(len(tokens), t - 1).float()], []
         while (going := t < lengths).any():  # what is finished is padding, which meets no expert
-            logits, routes = self.model(tokens[:, fed:t], mask=going[:, None].expand(-1, t - fed),
-                                        cache=cache[..., :t, :])
+            logits, routes = self.model(tokens[:, fed:t], None, going[:, None], cache[..., :t, :])
             logprobs = (logits[:, -1] / c.temperature).log_softmax(-1)  # what is sampled from
             if not logprobs.isfinite().all():
                 raise FloatingPointError("log-probabilities of the rollout are not finite")
@@ -408,9 +391,9 @@ def minirl_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, *, n
     by the first, objectives that average over tokens by the second. -> loss (), gate (B, T)."""
     logprobs, old_logprobs, rollout_logprobs = (  # outside the mask even NaN has no influence
         x.masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs, rollout_logprobs))
-    weights = importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
+    weight = importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, importance_sampling)
     gate = clip_gate(logprobs, old_logprobs, advantages) if clip else torch.ones_like(mask)
-    objective = weights * gate * advantages[:, None] * logprobs
+    objective = weight * gate * advantages[:, None] * logprobs
     if length_norm:
         objective = objective / mask.sum(1, keepdim=True).clamp(min=1)
     return -objective.sum() / n_sequences, gate

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nano_moe_rl import check_routes
-
 # ----------------------------------------------------------------------------------- Families
 def every_layer(config) -> list[int]:
     return list(range(config.num_hidden_layers))
@@ -114,6 +112,16 @@ class _Selection(TorchFunctionMode):
                 # recomputed outside the context, natively, is thereby an error of torch's
                 return torch.return_types.topk((scores.gather(-1, experts), experts))
         return out
+
+def check_routes(routing, mask, shape, experts):
+    """ValueError if the routes (B, T, L, A) of real tokens cannot be replayed."""
+    if routing.shape != shape:
+        raise ValueError(f"replay has shape {tuple(routing.shape)}, the model needs {shape}")
+    order = routing[mask].short().sort(-1).values  # an id of uint8 cannot be compared with 256
+    bad = (order[..., 0] < 0) | (order[..., -1] >= experts) | (order.diff() == 0).any(-1)
+    if bad.any():
+        raise ValueError(f"replay lacks a valid route for {int(bad.sum())} of {bad.numel()} "
+                         f"(token, layer) pairs: {shape[-1]} different experts below {experts}")
 
 class RoutingReplay:
     """Inside it, one forward of `model` on (B, T) tokens routes as told, and so does what its

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from nano_moe_rl import DEVICE, Rollout, check_routes
+from nano_moe_rl import DEVICE, Rollout
 from scaled.data import end_tokens
 from scaled.quantisation import quantisation
-from scaled.replay import moe_layers, route_shape
+from scaled.replay import check_routes, moe_layers, route_shape
 from scaled.sync import CPU_FAULTS, mend_rotary, published_names
 
 VLLM = "0.30.0"  # the last one whose first model runner captures routed experts

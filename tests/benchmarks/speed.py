@@ -88,7 +88,7 @@ def distinct_positions(c: Config) -> str:
     engine.load_weights(model, 0)
     batch = engine.generate(*make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
                             torch.Generator(DEVICE).manual_seed(2), eos=-1)
-    first, place = distinct(batch.tokens[:, :-1], batch.fed, None, torch.zeros_like(batch.lengths))
+    first, place = distinct(batch.tokens[:, :-1], batch.fed)
     return f"{len(first)} of {place.numel()} fed positions have a past of their own"
 
 def trl_python(python: str) -> str:
