@@ -20,14 +20,13 @@ D width, H heads, K key-value heads, L layers, E experts, A active ones, F their
 T + 1 tokens; position t is fed token t and predicts token t + 1, so all else has T columns.
 """
 import argparse, hashlib, json, math, os, sys, time  # noqa: E401
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -53,9 +52,9 @@ def check_options(c):
 class Config:
     """Every dial of a run; the command line is made from it. ValueError, one line, if refused."""
     seed: int = option(0, "one seed is one cold start and one order of prompts", low=0)
-    width: int = option(64, "D, a multiple of 32")
+    width: int = option(64, "D, 32 or 64 times the heads")
     layers: int = option(3, "L")
-    heads: int = option(2, "H; width / heads has to be 32 or 64")
+    heads: int = option(2, "H")
     kv_heads: int = option(1, "K")
     experts: int = option(16, "E")
     top_k: int = option(2, "A; a single weight is always 1: no gradient for the router")
@@ -72,7 +71,7 @@ class Config:
     mini_batch: int = option(256, "responses an update")
     mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy")
     group_size: int = option(8, "G, responses to one prompt")
-    micro_batch: int = option(0, "responses a forward pass; 0: the whole mini-batch", low=0)
+    micro_batch: int = option(256, "responses a forward pass in training, at most")
     lr: float = option(3e-4, "learning rate of RL", low=1e-9)
     warmup: int = option(20, "updates in which it rises to that")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
@@ -85,30 +84,24 @@ class Config:
 
     def __post_init__(c):
         check_options(c)
-        longest = len(TEACHERS[c.teacher][1]) * c.max_digits + 3
         for name, fine, remedy in (
-                ("width", c.width % 32 == 0, "a multiple of 32"),
-                ("heads", c.width / c.heads in (32, 64), f"--width {c.width} over 32 or over 64"),
+                ("width", c.width / c.heads in (32, 64), f"32 or 64 times --heads {c.heads}"),
                 ("kv_heads", c.heads % c.kv_heads == 0, f"a divisor of --heads {c.heads}"),
                 ("top_k", c.top_k <= c.experts, f"at most --experts {c.experts}"),
                 ("expert_width", c.expert_width % 8 == 0, "a multiple of 8"),
                 ("max_digits", c.min_digits <= c.max_digits <= 10, f"{c.min_digits} to 10"),
-                ("max_response", c.max_response >= longest, f"{longest} or more"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
                 ("group_size", c.mini_batch % c.group_size == 0, f"a divisor of {c.mini_batch}"),
-                ("micro_batch", c.mini_batch % c.per_pass == 0, f"a divisor of {c.mini_batch}"),
                 ("name", Path(c.name).name == c.name not in ("..", "cold_start"), "one without /")):
             check(c, name, fine, remedy)
 
     head_dim = property(lambda c: c.width // c.heads)
     context = property(lambda c: c.max_digits + 1 + c.max_response)
-    per_pass = property(lambda c: c.micro_batch or c.mini_batch)
 
 # -------------------------------------------------------------------------------------- 2 Task
 # "3 1 4 =" asks for the running sum modulo 10, step by step, and then the answer. A step names the
 # next digit and writes the new sum: "3 3 1 4 4 8 : 8 $". Only the answer is graded, one 0 or 1.
 # The digits of a prompt differ: a small model finds its place by looking up the one it named last.
-
 VOCABULARY = "0123456789=:$"
 ASK, ANSWER, EOS = (VOCABULARY.index(symbol) for symbol in "=:$")
 TEACHERS = {  # name: (chance of a slip, how a step is written: digit, new sum, previous sum)
@@ -133,10 +126,9 @@ def demonstrations(n: int, c: Config, generator: Generator) -> tuple[Tensor, Ten
     parts = {"d": prompts, "s": sums % 10, "p": (sums - prompts - slips) % 10, "=": 0 * sums + ASK}
     steps = torch.stack([parts[part] for part in step], 2)  # (n, digits, symbols of a step)
     rows = [torch.cat([prompts[i, :m], steps[i, :m - 1].flatten(),
-                       torch.tensor([ANSWER, sums[i, m - 2] % 10, EOS])])
+                       torch.tensor([ANSWER, sums[i, m - 2] % 10, EOS])])[: m + c.max_response]
             for i, m in enumerate(prompt_lengths.tolist())]
-    lengths = torch.tensor([len(row) for row in rows])
-    return nn.utils.rnn.pad_sequence(rows, True, EOS), prompt_lengths, lengths
+    return nn.utils.rnn.pad_sequence(rows, True), prompt_lengths, torch.tensor([*map(len, rows)])
 
 def grade(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
     """Rewards (B,): 1.0 where the response ends in ANSWER, the right digit, EOS, else 0.0."""
@@ -192,7 +184,6 @@ def attend(p, x, first, place, rotary, cache, product):
 
 def moe(p, x, A, replay, product):
     """x (N, D) plus its mixture of SwiGLU experts -> (N, D), live top-k (N, A). replay (N, A)."""
-    gate_up, down = p.mlp.experts.gate_up_proj, p.mlp.experts.down_proj
     h = rms_norm(x, p.post_attention_layernorm.weight)
     router_logits = p.mlp.gate(h.float())  # never quantised
     live = router_logits.topk(A).indices
@@ -206,10 +197,10 @@ def moe(p, x, A, replay, product):
     # expert works on one block of rows, and one that nobody chose costs nothing.
     order = experts.flatten().argsort(stable=True)
     rows = order // A
-    offsets = experts.flatten().bincount(minlength=len(down)).cumsum(0).to(torch.int32)
-    gate, up = product(h.index_select(0, rows), gate_up, offsets).chunk(2, -1)
+    offsets = experts.flatten().bincount(minlength=router_logits.shape[1]).cumsum(0).to(torch.int32)
+    gate, up = product(h.index_select(0, rows), p.mlp.experts.gate_up_proj, offsets).chunk(2, -1)
     hidden = F.silu(gate) * (up * weights.to(x.dtype).flatten().index_select(0, order)[:, None])
-    return x.index_add(0, rows, product(hidden, down, offsets)), live
+    return x.index_add(0, rows, product(hidden, p.mlp.experts.down_proj, offsets)), live
 
 class Model(nn.Module):
     """The network of both engines. As it is, without a cache, it is the training engine."""
@@ -238,10 +229,9 @@ class Model(nn.Module):
         self.to(DEVICE)
 
     def forward(self, tokens, replay=None, mask=None, cache=None):
-        """tokens (B, T), replay (B, T, L, A) or None, mask (B, T) or (B, 1), False on padding at
-        the right (None: no padding) -> logits (B, T, V), routing (B, T, L, A), always live.
-        The tokens are the last T positions of a cache (L, 2, B, K, positions, head_dim).
-        ValueError if replay has the wrong shape, or no valid route for a real token."""
+        """tokens (B, T), replay (B, T, L, A), mask (B, T) or (B, 1), False on padding at the right
+        -> logits (B, T, V), routing (B, T, L, A), always live. Tokens are the last T positions of a
+        cache (L, 2, B, K, positions, head_dim). ValueError: a real token has no route to replay."""
         c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.expand(B, T)
         start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
@@ -283,9 +273,8 @@ class Rollout:
 
     def split(self, size: int) -> list["Rollout"]:
         """Parts of `size` sequences, in order."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return [replace(self, **{name: value[i : i + size] for name, value in tensors.items()})
-                for i in range(0, len(self.tokens), size)]
+        parts = {name: x.split(size) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return [replace(self, **dict(zip(parts, part))) for part in zip(*parts.values())]
 
 def quantise(x: Tensor, precision: str) -> Tensor:
     """fp32 x on a grid with one scale a row of the last axis: a token of an activation (..., in),
@@ -298,34 +287,27 @@ def quantise(x: Tensor, precision: str) -> Tensor:
     return scale * (grid.to(torch.float8_e4m3fn).float() if precision == "fp8" else grid.round())
 
 class InferenceEngine:
-    """The same policy in other numerics: token by token, with a KV cache, on rounded weights. It
-    models the numbers of a quantised engine, not its speed. In projections and experts, weights and
-    activations are quantised and products summed in fp32, as W8A8 kernels do; router, embedding and
-    output head are only rounded to bf16. Results are stored in bf16 (precision fp32: in fp32)."""
+    """The same policy token by token, with a KV cache: models the numbers of a quantised engine, not
+    its speed. Weights and activations of projections and experts are quantised, products summed
+    in fp32 (W8A8). Router, embedding, head and all results are only rounded to bf16 (fp32: not)."""
     def __init__(self, c: Config, precision: str):
         self.precision, self.version, self.model = precision, -1, Model(c).requires_grad_(False)
         self.model.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self.model.product = self.product
+        self.model.product = lambda x, *w: product(quantise(x.float(), precision), *w).to(x.dtype)
 
-    def product(self, x, weight, offsets=None):
-        return product(quantise(x.float(), self.precision), weight, offsets).to(x.dtype)
-
-    @torch.no_grad()
     def load_weights(self, model: Model, version: int):
         """Weight synchronisation: a rounded copy of every weight."""
         self.version, dtype = version, self.model.dtype
-        for (name, weight), mine in zip(model.named_parameters(), self.model.parameters()):
+        for (name, weight), mine in zip(model.state_dict().items(), self.model.parameters()):
             mine.copy_(quantise(weight, self.precision) if "_proj" in name else weight.to(dtype))
 
-    @torch.no_grad()
-    def generate(self, prompts, prompt_lengths, group_size, generator, eos=EOS) -> Rollout:
+    def generate(self, prompts, prompt_lengths, G, generator, eos=EOS) -> Rollout:
         """Samples G responses to each of P right-padded prompts (P, columns), prompt_lengths (P,).
         The columns that all prompts fill are fed at once, then one by one: the prompt's own token
         while it lasts, then a sample. FloatingPointError if the weights give no distribution."""
         c, fed, t = self.model.config, 0, int(prompt_lengths.min())
-        prompts, prompt_lengths = (x.to(DEVICE).repeat_interleave(group_size, 0)
-                                   for x in (prompts, prompt_lengths))
-        tokens = F.pad(prompts, (0, c.context - prompts.shape[1]), value=EOS)
+        tokens = F.pad(prompts.to(DEVICE), (0, c.max_response)).repeat_interleave(G, 0)
+        prompt_lengths = prompt_lengths.to(DEVICE).repeat_interleave(G)
         lengths = prompt_lengths + c.max_response  # cut off there, unless EOS comes first
         cache = torch.zeros(c.layers, 2, len(tokens), c.kv_heads, c.context, c.head_dim,
                             device=DEVICE, dtype=self.model.dtype)
@@ -350,19 +332,17 @@ class InferenceEngine:
 
 def token_logprobs(logits, targets, temperature=1.0):
     """log π of the targets (B, T) under logits (B, T, V), at the temperature of sampling."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return logprobs.gather(-1, targets[..., None]).squeeze(-1)
+    return (logits.float() / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 def entropy(logits, temperature=1.0):
     """Entropy over the full vocabulary, in nats. logits (B, T, V) -> (B, T)."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return torch.special.entr((logits.float() / temperature).softmax(-1)).sum(-1)  # -x log x
 
 def group_advantages(rewards, group_size):
     """Reward minus the mean of its group of G, not divided by their deviation: (B,) -> (B,).
     Being in its own mean leaves a response 1 - 1/G of its gradient."""
     means = reduce(rewards, "(p g) -> p", "mean", g=group_size)
-    return rewards - repeat(means, "p -> (p g)", g=group_size)
+    return rewards - means.repeat_interleave(group_size)
 
 def importance_weights(logprobs, old_logprobs, rollout_logprobs, mask, kind="token",
                        token_cap=5.0, sequence_cap=2.0):
@@ -413,8 +393,7 @@ def extreme_token_fraction(old_logprobs, rollout_logprobs, mask, tau=2.0):
 
 def effective_sample_size(log_weights, mask):
     """(Σw)² / (n Σw²) of masked tokens: 1 if all weights are equal, 1/n if one has everything."""
-    x = log_weights.double()[mask]
-    w = (x - x.max()).exp()
+    w = (log_weights[mask] - log_weights[mask].max()).double().exp()
     return w.sum().square() / (len(w) * w.square().sum())
 
 def routing_agreement(routing, other, mask):
@@ -441,7 +420,8 @@ def prepare_batch(model, rollout: Rollout, version, advantage_fn=group_advantage
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
     if c.mini_batches > 1:  # with N = 1, the training forward is π_old and π_θ at once
         with torch.no_grad():
-            old = [policy(model, part) for part in batch.split(c.per_pass)]
+            old = [policy(model, part) for mini_batch in batch.split(c.mini_batch)
+                   for part in mini_batch.split(c.micro_batch)]  # the same parts as in train_step
         batch.old_logprobs = torch.cat([logprobs for logprobs, _, _ in old])
         if c.replay == "R2":
             batch.replay = torch.cat([routing for _, _, routing in old])  # π_θ uses those of π_old
@@ -450,19 +430,12 @@ def prepare_batch(model, rollout: Rollout, version, advantage_fn=group_advantage
 def adamw(model: Model, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay, fused=True)
 
-def descend(model, optimizer, loss):
-    """Follows the gradient -> its norm. FloatingPointError, weights kept, if it is not finite."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(f"loss {loss:.3g}, gradient norm {norm:.3g}")
-    optimizer.step()
-    return norm
-
 def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
-    """One update from one mini-batch -> metrics, all of them from before the update."""
+    """One update from one mini-batch -> metrics, all of them from before the update.
+    FloatingPointError, weights kept, if loss or gradient is not finite."""
     mask, mu, passes = batch.mask, batch.rollout_logprobs, []
     optimizer.zero_grad()
-    for part in batch.split(model.config.per_pass):
+    for part in batch.split(model.config.micro_batch):
         logprobs, entropies, routing = policy(model, part)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         loss, gate = loss_fn(logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
@@ -470,6 +443,10 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
         loss.backward()
         passes.append((loss.detach()[None], logprobs.detach(), old, entropies, routing, gate))
     losses, logprobs, old, entropies, routing, gate = map(torch.cat, zip(*passes))
+    loss, norm = losses.sum(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise FloatingPointError(f"loss {loss:.3g}, gradient norm {norm:.3g}")
+    optimizer.step()
     metrics = dict(
         reward=batch.rewards.mean(), entropy=entropies[mask].mean(),
         mismatch_kl=kl_k3(mu, old, mask), staleness_kl=kl_k3(old, logprobs, mask),
@@ -477,12 +454,11 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
         effective_sample_size=effective_sample_size(logprobs - mu, mask),
         routing_agreement=routing_agreement(routing, batch.routing, batch.fed),
         clip_fraction=1 - gate[mask].double().mean(),
-        response_length=(batch.lengths - batch.prompt_lengths).double().mean(),
-        grad_norm=descend(model, optimizer, losses.sum()))
+        response_length=(batch.lengths - batch.prompt_lengths).double().mean(), grad_norm=norm)
     return {name: value.tolist() for name, value in metrics.items()}
 
 # -------------------------------------------------------------------------------------- 7 Main
-def write_aside(path: Path, write: Callable[[Path], object]):
+def write_aside(path: Path, write):
     """A file appears whole or not at all, whatever runs beside this or cuts it short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
@@ -492,31 +468,28 @@ def write_aside(path: Path, write: Callable[[Path], object]):
 def cold_start(c: Config) -> Model:
     """Supervised learning from imperfect demonstrations, without a load-balancing loss, as in RL.
     Kept under runs/, keyed by this file and by all options before `name`, which decide it."""
-    model, generator = Model(c), Generator().manual_seed(c.seed)
-    options = str(asdict(c)).partition("'name'")[0]
-    key = "\n".join([options, DEVICE, torch.__version__, Path(__file__).read_text()])
-    path = Path("runs/cold_start", hashlib.sha256(key.encode()).hexdigest()[:16] + ".pt")
-    if path.exists():
-        model.load_state_dict(torch.load(path, map_location=DEVICE))
-        return model
-    optimizer = adamw(model, 4e-3, weight_decay=0.1)
-    for step in tqdm(range(c.cold_start_steps), "cold start", disable=None, leave=False):
-        rise_and_fall = min(1, (step + 1) / 20, 2.5 * (1 - step / c.cold_start_steps))
-        optimizer.param_groups[0]["lr"] = 4e-3 * rise_and_fall
-        batch = Rollout(*(x.to(DEVICE) for x in demonstrations(64, c, generator)))
-        loss = -policy(model, batch)[0][batch.mask].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        descend(model, optimizer, loss)
-    write_aside(path, partial(torch.save, model.state_dict()))
+    model, generator, n = Model(c), Generator().manual_seed(c.seed), c.cold_start_steps
+    options, source = str(asdict(c)).partition("'name'")[0], Path(__file__).read_text()
+    key = hashlib.sha256((options + DEVICE + torch.__version__ + source).encode()).hexdigest()[:16]
+    path, optimizer = Path("runs/cold_start", key + ".pt"), adamw(model, 4e-3, weight_decay=0.1)
+    if not path.exists():
+        for step in tqdm(range(n), "cold start", disable=None, leave=False):
+            optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20, 2.5 * (1 - step / n))
+            batch = Rollout(*(x.to(DEVICE) for x in demonstrations(64, c, generator)))
+            loss = -policy(model, batch)[0][batch.mask].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+        write_aside(path, partial(torch.save, model.state_dict()))
+    model.load_state_dict(torch.load(path, map_location=DEVICE))
     return model
 
 def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
     """A graded rollout of n prompts. Prompts and samples have streams of random numbers that the
     seed decides alone: methods get the same prompts, and a resumed run has nothing to restore."""
-    prompts = Generator().manual_seed(2 * seed)
-    samples = Generator(DEVICE).manual_seed(2 * seed + 1)
-    rollout = engine.generate(*make_prompts(n, engine.model.config, prompts), G, samples)
+    prompts = make_prompts(n, engine.model.config, Generator().manual_seed(2 * seed))
+    rollout = engine.generate(*prompts, G, Generator(DEVICE).manual_seed(2 * seed + 1))
     return replace(rollout, rewards=grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths))
 
 def evaluate(model: Model) -> Rollout:
@@ -526,23 +499,20 @@ def evaluate(model: Model) -> Rollout:
     engine.load_weights(model, 0)
     return sample(engine, model.config.eval_prompts, 1, seed=2**61)
 
-PANELS = {"score": "score on held-out prompts", "mismatch_kl": "training-inference KL(μ_old‖π_old)",
-          "reward": "training reward", "entropy": "entropy of π_θ, nats",
-          "staleness_kl": "staleness KL(π_old‖π_θ)", "routing_agreement": "same experts: π_θ and μ"}
-
-def draw(rows: list[dict], path: Path):
+def draw(rows: list[dict], folder: Path):
     """The six curves of a run."""
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+    names = "score", "mismatch_kl", "reward", "entropy", "staleness_kl", "routing_agreement"
+    for axes, name in zip(figure.subplots(2, 3).flat, names):
         kl = name.endswith("kl")  # a log axis has no place for 0, the first mini-batch's staleness
         points = [(row["update"], row[name]) for row in rows
                   if row.get(name) not in (None, 0 if kl else None)]
         axes.plot(*zip(*points), marker="." if name == "score" else "")
-        axes.set(title=title, xlabel="update", yscale="log" if kl else "linear")
+        axes.set(title=name, xlabel="update", yscale="log" if kl else "linear")
         axes.grid(alpha=0.3)
     axes.legend([f"layer {i}" for i in range(len(points[0][1]))])
-    write_aside(path, partial(figure.savefig, format="png", dpi=100))
+    write_aside(folder / "curves.png", partial(figure.savefig, format="png", dpi=100))
 
 def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_advantages):
     """RL from len(rows) updates on, a rollout batch at a time: appends a row of metrics for each
@@ -560,57 +530,43 @@ def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_a
             optimizer.param_groups[0]["lr"] = c.lr * min(1, (len(rows) + 1) / c.warmup)
             metrics = train_step(model, optimizer, part, loss_fn)
             rows.append({"update": len(rows) + 1, "score": None} | metrics)
-        seconds = time.perf_counter() - began
+        seconds, tokens = time.perf_counter() - began, int(batch.lengths.sum())
         for row in rows[version:]:
-            row["seconds"] = seconds / c.mini_batches
-            row["tokens_per_second"] = int(batch.lengths.sum()) / seconds
+            row |= {"seconds": seconds / c.mini_batches, "tokens_per_second": tokens / seconds}
         if len(rows) % c.eval_every < c.mini_batches or len(rows) == c.updates:
             rows[-1]["score"] = evaluate(model).rewards.mean().item()
         yield rows[-1]
 
-def train(c: Config, resume: bool = False, **functions: Callable):
+def train(c: Config, **functions):
     """A run in runs/NAME, new or on from its checkpoint; functions go to learn. Checkpoint and
     metrics are written after every rollout batch, the picture at whatever end."""
-    folder, rows = Path("runs", c.name), []
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
+    folder, rows, text = Path("runs", c.name), [], json.dumps(asdict(c), indent=2)
+    write_aside(folder / "config.json", partial(Path.write_text, data=text))
     model = cold_start(c)
     optimizer, before = adamw(model, c.lr), evaluate(model)
-    if resume:
+    if (folder / "checkpoint.pt").exists():
         state = torch.load(folder / "checkpoint.pt", map_location="cpu")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         rows = state["rows"]
-
-    def save():
-        state = {"config": asdict(c), "rows": rows, "model": model.state_dict(),
-                 "optimizer": optimizer.state_dict()}
-        write_aside(folder / "checkpoint.pt", partial(torch.save, state))
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_aside(folder / "metrics.jsonl", lambda aside: aside.write_text(lines))
-
-    save()
-    first = {"update": 0, "score": before.rewards.mean().item()}
-    print(f"{folder}: score {first['score']:.3f} before RL\n"
-          "update  score  reward  entropy  KL(μ‖π)  staleness  clipped  seconds")
-    table = ("{update:6} {score:6.3f} {reward:7.3f} {entropy:8.3f} {mismatch_kl:8.1e} "
-             "{staleness_kl:10.1e} {clip_fraction:8.4f} {seconds:8.2f}")
     try:
         with tqdm(total=c.updates, initial=len(rows), disable=None, leave=False) as bar:
             for row in learn(model, optimizer, rows, **functions):
-                save()
-                if row["score"] is not None:
-                    bar.write(table.format(**row))
-                bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}".format(**row))
+                state = {"config": asdict(c), "rows": rows, "model": model.state_dict(),
+                         "optimizer": optimizer.state_dict()}
+                write_aside(folder / "checkpoint.pt", partial(torch.save, state))
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                write_aside(folder / "metrics.jsonl", partial(Path.write_text, data=text))
+                bar.set_postfix_str("reward {reward:.3f}, entropy {entropy:.3f}, "
+                                    "KL {mismatch_kl:.1e}, {staleness_kl:.1e}".format(**row))
                 bar.update(c.mini_batches)
     finally:
         if rows:
-            draw([first] + rows, folder / "curves.png")
-    after = evaluate(model)
-    for i in range(min(3, c.eval_prompts)):
-        for when, rollout in (("before", before), ("after", after)):
-            text = " ".join(VOCABULARY[token] for token in rollout.tokens[i, : rollout.lengths[i]])
-            print(f"{when:6} RL, reward {rollout.rewards[i]:.0f}: {text}")
+            draw([{"update": 0, "score": before.rewards.mean().item()}] + rows, folder)
+    for when, rollout in (("before", before), ("after", evaluate(model))):
+        print(f"score {rollout.rewards.mean():.3f} {when} RL on held-out prompts, such as:")
+        for tokens, n, reward in list(zip(rollout.tokens, rollout.lengths, rollout.rewards))[:3]:
+            print(f"  reward {reward:.0f}: {' '.join(VOCABULARY[token] for token in tokens[:n])}")
     print(f"{folder}/curves.png has the curves, metrics.jsonl beside it the numbers")
 
 def command_line(config: type, description: str) -> argparse.ArgumentParser:
@@ -630,25 +586,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="NAME", help="continue runs/NAME from its checkpoint")
     given = vars(parser.parse_args(argv))
     try:
-        if resume := "resume" in given:
-            path = Path("runs", given.pop("resume"), "checkpoint.pt")
-            if not path.exists():
-                raise ValueError(f"--resume: there is no {path}; start a run with --name")
-            if given.keys() - {"updates"}:
-                raise ValueError(f"--resume: {path} has all options; only --updates can change")
-            saved = torch.load(path, map_location="cpu")["config"]
-            given = saved | given | {"name": path.parent.name}
+        if (resume := given.pop("resume", None)) is not None:
+            path = Path("runs", resume, "checkpoint.pt")
+            if not path.exists() or given.keys() - {"updates"}:
+                raise ValueError(f"--resume: needs {path} and takes all options from it, of which "
+                                 "only --updates can change; start a run with --name")
+            given = torch.load(path, map_location="cpu")["config"] | given | {"name": resume}
         c, names = Config(**given), (f"run-{i}" for i in range(1, 10**6))
         c = c if c.name else replace(c, name=next(n for n in names if not Path("runs", n).exists()))
-        if Path("runs", c.name).exists() and not resume:
+        if Path("runs", c.name).exists() and resume is None:
             raise ValueError(f"--name {c.name}: is taken; give another, or --resume {c.name}")
     except ValueError as refusal:
         parser.error(str(refusal))
     try:  # a ValueError from here on is a bug, and shows where it is
-        train(c, resume)
+        train(c)
     except (FloatingPointError, KeyboardInterrupt) as reason:
         print(f"stopped by {reason or 'Ctrl-C'}; --resume {c.name} goes on from the last good "
-              f"checkpoint, runs/{c.name}/checkpoint.pt (none before RL)", file=sys.stderr)
+              f"checkpoint, runs/{c.name}/checkpoint.pt (none before a batch)", file=sys.stderr)
         return 130 if isinstance(reason, KeyboardInterrupt) else 1
     return 0
 

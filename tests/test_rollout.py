@@ -185,3 +185,11 @@ def test_demonstrations_follow_their_teacher(config, teacher):
         assert response[-3:] == [nano.ANSWER, total, nano.EOS]
     assert abs(slips / steps - slip_rate) < 4 * (slip_rate / steps) ** 0.5
     assert {c.min_digits + 1, c.max_digits + 1} <= set(prompt_lengths.tolist())
+
+
+def test_demonstrations_are_cut_off_where_responses_are(config):
+    whole, prompt_lengths, _ = nano.demonstrations(50, config, torch.Generator().manual_seed(0))
+    cut, same, lengths = nano.demonstrations(50, nano.replace(config, max_response=5), torch.Generator().manual_seed(0))
+    assert torch.equal(same, prompt_lengths) and torch.equal(lengths, prompt_lengths + 5)
+    for row, expected, n in zip(cut, whole, lengths):
+        assert torch.equal(row[:n], expected[:n])
