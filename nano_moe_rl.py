@@ -19,7 +19,7 @@ Dimensions: P prompts, G responses each, B = P·G sequences, T positions, N real
 D width, H heads, K key-value heads, L layers, E experts, A active ones, F their width. Rows have
 T + 1 tokens; position t is fed token t and predicts token t + 1, so all else has T columns.
 """
-import argparse, hashlib, json, math, os, sys, time  # noqa: E401
+import argparse, copy, hashlib, json, math, os, sys, time  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -261,7 +261,6 @@ class Rollout:
     lengths: Tensor  # (B,) prompt and response
     rollout_logprobs: Tensor | None = None  # (B, T) log μ of token t + 1, 0 outside the response
     routing: Tensor | None = None  # (B, T, L, A) the experts of μ
-    version: int = 0  # updates that μ's weights had seen
     rewards: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B,) this and the next two come from prepare_batch
     old_logprobs: Tensor | None = None  # (B, T) log π_old; None: what the training forward says
@@ -287,19 +286,16 @@ def quantise(x: Tensor, precision: str) -> Tensor:
     return scale * (grid.to(torch.float8_e4m3fn).float() if precision == "fp8" else grid.round())
 
 class InferenceEngine:
-    """The same policy token by token, with a KV cache: models the numbers of a quantised engine, not
-    its speed. Weights and activations of projections and experts are quantised, products summed
-    in fp32 (W8A8). Router, embedding, head and all results are only rounded to bf16 (fp32: not)."""
-    def __init__(self, c: Config, precision: str):
-        self.precision, self.version, self.model = precision, -1, Model(c).requires_grad_(False)
-        self.model.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    """The same policy in other numerics, token by token, with a KV cache, on a rounded copy of the
+    weights as they are now: a synchronisation is a new engine. It models the numbers of a quantised
+    engine, not its speed. Projections and experts quantise weights and activations, and sum in fp32
+    (W8A8); router, embedding, head and all results are only rounded to bf16 (fp32: nothing is)."""
+    def __init__(self, model: Model, precision: str):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.dtype = dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model.product = lambda x, *w: product(quantise(x.float(), precision), *w).to(x.dtype)
-
-    def load_weights(self, model: Model, version: int):
-        """Weight synchronisation: a rounded copy of every weight."""
-        self.version, dtype = version, self.model.dtype
-        for (name, weight), mine in zip(model.state_dict().items(), self.model.parameters()):
-            mine.copy_(quantise(weight, self.precision) if "_proj" in name else weight.to(dtype))
+        for name, weight in self.model.named_parameters():
+            weight.copy_(quantise(weight, precision) if "_proj" in name else weight.to(dtype))
 
     def generate(self, prompts, prompt_lengths, G, generator, eos=EOS) -> Rollout:
         """Samples G responses to each of P right-padded prompts (P, columns), prompt_lengths (P,).
@@ -325,7 +321,7 @@ class InferenceEngine:
             routing.append(routes)
             fed, t = t, t + 1
         return Rollout(tokens[:, :t], prompt_lengths, lengths,
-                       torch.cat(rollout_logprobs, 1), torch.cat(routing, 1), self.version)
+                       torch.cat(rollout_logprobs, 1), torch.cat(routing, 1))
 
 # ---------------------------------------------------------------------------------- 5 RL maths
 # Tensors in, tensors out. Shapes are (B, T) unless said otherwise; mask is True on response tokens.
@@ -408,13 +404,9 @@ def policy(model, batch: Rollout):
     logprobs = token_logprobs(logits, batch.tokens[:, 1:], model.config.temperature)
     return logprobs, entropy(logits.detach(), model.config.temperature), routing
 
-def prepare_batch(model, rollout: Rollout, version, advantage_fn=group_advantages) -> Rollout:
-    """Advantages, π_old and the routing to replay, for a rollout batch before it is split.
-    ValueError if it was sampled with other weights than those of policy `version`."""
+def prepare_batch(model, rollout: Rollout, advantage_fn=group_advantages) -> Rollout:
+    """Advantages, π_old and the routing to replay, of a whole rollout batch before its updates."""
     c = model.config
-    if rollout.version != version:
-        raise ValueError(f"rollout of policy version {rollout.version}, but the trainer is at "
-                         f"{version}: call engine.load_weights before engine.generate")
     batch = replace(rollout, advantages=advantage_fn(rollout.rewards, c.group_size))
     if c.replay == "R3":
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
@@ -448,12 +440,11 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
         raise FloatingPointError(f"loss {loss:.3g}, gradient norm {norm:.3g}")
     optimizer.step()
     metrics = dict(
-        reward=batch.rewards.mean(), entropy=entropies[mask].mean(),
+        reward=batch.rewards.mean(), extreme_token_fraction=extreme_token_fraction(old, mu, mask),
         mismatch_kl=kl_k3(mu, old, mask), staleness_kl=kl_k3(old, logprobs, mask),
-        extreme_token_fraction=extreme_token_fraction(old, mu, mask),
         effective_sample_size=effective_sample_size(logprobs - mu, mask),
         routing_agreement=routing_agreement(routing, batch.routing, batch.fed),
-        clip_fraction=1 - gate[mask].double().mean(),
+        clip_fraction=1 - gate[mask].double().mean(), entropy=entropies[mask].mean(),
         response_length=(batch.lengths - batch.prompt_lengths).double().mean(), grad_norm=norm)
     return {name: value.tolist() for name, value in metrics.items()}
 
@@ -495,8 +486,7 @@ def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
 def evaluate(model: Model) -> Rollout:
     """A response to each held-out prompt, the same at every score, by native routing at training
     precision. No training draws from its seed."""
-    engine = InferenceEngine(model.config, model.config.train_precision)
-    engine.load_weights(model, 0)
+    engine = InferenceEngine(model, model.config.train_precision)
     return sample(engine, model.config.eval_prompts, 1, seed=2**61)
 
 def draw(rows: list[dict], folder: Path):
@@ -517,21 +507,21 @@ def draw(rows: list[dict], folder: Path):
 def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_advantages):
     """RL from len(rows) updates on, a rollout batch at a time: appends a row of metrics for each
     update and yields after each batch. loss_fn and advantage_fn replace MiniRL's."""
-    c, engine = model.config, InferenceEngine(model.config, model.config.rollout_precision)
+    c = model.config
     loss_fn = loss_fn or partial(minirl_loss, clip=c.clip, length_norm=c.length_norm,
                                  importance_sampling=c.importance_sampling)
     n_prompts = c.mini_batches * c.mini_batch // c.group_size
     while len(rows) < c.updates:
-        began, version = time.perf_counter(), len(rows)
-        engine.load_weights(model, version)
-        rollout = sample(engine, n_prompts, c.group_size, seed=c.seed * 10**9 + version)
-        batch = prepare_batch(model, rollout, version, advantage_fn)
+        began, start = time.perf_counter(), len(rows)
+        engine = InferenceEngine(model, c.rollout_precision)  # weight synchronisation
+        rollout = sample(engine, n_prompts, c.group_size, seed=c.seed * 10**9 + start)
+        batch = prepare_batch(model, rollout, advantage_fn)
         for part in batch.split(c.mini_batch):
             optimizer.param_groups[0]["lr"] = c.lr * min(1, (len(rows) + 1) / c.warmup)
             metrics = train_step(model, optimizer, part, loss_fn)
             rows.append({"update": len(rows) + 1, "score": None} | metrics)
         seconds, tokens = time.perf_counter() - began, int(batch.lengths.sum())
-        for row in rows[version:]:
+        for row in rows[start:]:
             row |= {"seconds": seconds / c.mini_batches, "tokens_per_second": tokens / seconds}
         if len(rows) % c.eval_every < c.mini_batches or len(rows) == c.updates:
             rows[-1]["score"] = evaluate(model).rewards.mean().item()

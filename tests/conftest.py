@@ -73,8 +73,7 @@ def rewarded(monkeypatch):
 
 def sample_rollout(model, precision, n_prompts=6, seed=0, **changes):
     c = model.config
-    engine = nano.InferenceEngine(c, precision)
-    engine.load_weights(model, 0)
+    engine = nano.InferenceEngine(model, precision)
     rollout = nano.sample(engine, n_prompts, c.group_size, seed)
     # an untrained policy is never right: rewards that differ within groups, from the tokens themselves
     rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()

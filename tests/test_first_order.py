@@ -50,8 +50,8 @@ def test_a_group_mean_scales_the_expected_gradient_by_one_minus_one_over_g():
 def test_a_replayed_policy_is_still_a_distribution():
     """Routes depend on the past alone, so probabilities over all responses still sum to one."""
     c = nano.Config()
-    model, engine = nano.Model(c), nano.InferenceEngine(c, "int4")
-    engine.load_weights(model, 0)
+    model = nano.Model(c)
+    engine = nano.InferenceEngine(model, "int4")
     tokens, lengths = toy.enumerated(model)
     batch = nano.Rollout(tokens, torch.full_like(lengths, 2), lengths)
     _, routes = engine.model(tokens[:, :-1], None, batch.fed)

@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_a_checkpoint_a_picture_and_no_traceback(folder):
 
 
 def test_a_bug_in_training_is_no_refusal(folder, monkeypatch):
-    """Exit code 2 is for what was asked; a missing route or stale weight in a run keeps its traceback."""
+    """Exit code 2 is for what was asked; a missing route in a run keeps its traceback."""
     def stale(*_):
         raise ValueError("stale")
 

@@ -160,7 +160,7 @@ def test_bf16_training_rounds_products_and_keeps_fp32_weights(config):
     torch.testing.assert_close(y.double(), slow, atol=0, rtol=2**-8)
     rollout = sample_rollout(model, "bf16")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    batch = nano.prepare_batch(model, rollout, 0)
+    batch = nano.prepare_batch(model, rollout)
     before = weight.detach().clone()
     metrics = nano.train_step(model, optimizer, batch.split(config.mini_batch)[0])
     assert weight.dtype == torch.float32 and not torch.equal(before, weight)

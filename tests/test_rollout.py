@@ -62,8 +62,7 @@ def test_prompts_are_kept_and_groups_are_adjacent(config, model):
 def test_samples_come_from_the_distribution_that_is_reported(config, temperature):
     """Frequencies of first response tokens against π at the same temperature."""
     model = nano.Model(nano.replace(config, temperature=temperature))
-    engine = nano.InferenceEngine(model.config, "fp32")
-    engine.load_weights(model, 0)
+    engine = nano.InferenceEngine(model, "fp32")
     prompt, length = torch.tensor([[3, 1, 4, nano.ASK]]), torch.tensor([4])
     rollout = engine.generate(prompt, length, 4000, torch.Generator().manual_seed(0))
     expected = (model(prompt)[0][0, -1] / temperature).softmax(-1)
@@ -75,8 +74,7 @@ def test_samples_come_from_the_distribution_that_is_reported(config, temperature
 def test_generation_does_not_depend_on_neighbours(config, model):
     """A prompt's cache is its own: greedy continuations are the same alone and in a mixed batch."""
     cold = nano.Model(nano.replace(config, temperature=1e-4))
-    engine = nano.InferenceEngine(cold.config, "fp32")
-    engine.load_weights(cold, 0)
+    engine = nano.InferenceEngine(cold, "fp32")
     prompts, lengths = nano.make_prompts(9, config, torch.Generator().manual_seed(5))
     together = engine.generate(prompts, lengths, 2, torch.Generator().manual_seed(0))
     for i in range(9):
@@ -123,9 +121,7 @@ def test_zero_rows_stay_zero():
 
 def test_the_router_is_never_quantised(config, model):
     for precision in ("bf16", "fp8", "int4"):
-        engine = nano.InferenceEngine(config, precision)
-        engine.load_weights(model, 7)
-        assert engine.version == 7
+        engine = nano.InferenceEngine(model, precision)
         for i, layer in enumerate(model.layers):
             router = layer["mlp"]["gate"].weight.detach()
             assert torch.equal(engine.model.layers[i]["mlp"]["gate"].weight, router.bfloat16().float())
@@ -133,8 +129,7 @@ def test_the_router_is_never_quantised(config, model):
 
 def test_the_engine_keeps_its_weights_when_the_model_moves_on(config, model):
     for precision in ("fp32", "bf16", "fp8", "int4"):
-        engine = nano.InferenceEngine(config, precision)
-        engine.load_weights(model, 0)
+        engine = nano.InferenceEngine(model, precision)
         before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
@@ -144,8 +139,7 @@ def test_the_engine_keeps_its_weights_when_the_model_moves_on(config, model):
 
 def test_weights_without_a_distribution_are_an_error(config, model):
     model.lm_head.weight.data.fill_(torch.nan)
-    engine = nano.InferenceEngine(config, "fp8")
-    engine.load_weights(model, 0)
+    engine = nano.InferenceEngine(model, "fp8")
     with pytest.raises(FloatingPointError):
         engine.generate(*nano.make_prompts(2, config, torch.Generator()), 2, torch.Generator())
 

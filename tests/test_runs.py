@@ -158,7 +158,7 @@ def test_one_cold_start_serves_all_rl_options_and_only_its_own_task(folder, monk
 
 
 def test_evaluate_changes_nothing_and_repeats(config, model, rollout):
-    batch = nano.prepare_batch(model, rollout, rollout.version)
+    batch = nano.prepare_batch(model, rollout)
     nano.policy(model, batch)[0].sum().backward()
     before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
     random_state = torch.get_rng_state()

@@ -24,7 +24,7 @@ def test_old_policy_of_each_mode(model, rollout):
     forced, _, _ = nano.policy(model, nano.replace(rollout, replay=rollout.routing))
     assert not torch.equal(native, forced), "the case needs routers that flip"
     for mode, old, replay in (("none", native, None), ("R2", native, live), ("R3", forced, rollout.routing)):
-        batch = nano.prepare_batch(parts(model, replay=mode)[0], rollout, 0)
+        batch = nano.prepare_batch(parts(model, replay=mode)[0], rollout)
         torch.testing.assert_close(batch.old_logprobs[rollout.mask], old.detach()[rollout.mask])
         assert batch.replay is None if replay is None else torch.equal(batch.replay, replay)
 
@@ -38,7 +38,7 @@ def test_r2_is_a_no_op_on_the_first_mini_batch(model, rollout, mini_batches):
     for mode in ("none", "R2"):
         trained, optimizer = parts(model, replay=mode, mini_batches=mini_batches)
         optimizer.param_groups[0]["lr"] = 30.0  # far enough that routers flip
-        batch = nano.prepare_batch(trained, rollout, 0)
+        batch = nano.prepare_batch(trained, rollout)
         steps = []
         for mini_batch in batch.split(12):
             metrics = nano.train_step(trained, optimizer, mini_batch)
@@ -56,7 +56,7 @@ def test_r3_equals_none_when_the_engines_agree(model):
     seen = {}
     for mode in ("none", "R3"):
         trained, optimizer = parts(model, replay=mode)
-        batch = nano.prepare_batch(trained, rollout, 0)
+        batch = nano.prepare_batch(trained, rollout)
         nano.train_step(trained, optimizer, batch.split(12)[0])
         seen[mode] = gradients(trained)
     torch.testing.assert_close(seen["none"], seen["R3"], atol=1e-6, rtol=1e-4)
@@ -67,7 +67,7 @@ def test_r3_closes_the_gap_to_the_rollout(model):
     gap = {}
     for mode in ("none", "R2", "R3"):
         trained, _ = parts(model, replay=mode)
-        batch = nano.prepare_batch(trained, rollout, 0)
+        batch = nano.prepare_batch(trained, rollout)
         gap[mode] = nano.kl_k3(rollout.rollout_logprobs, batch.old_logprobs, rollout.mask)
     assert gap["R2"] == gap["none"] and gap["R3"] < 0.8 * gap["none"]
 
@@ -77,7 +77,7 @@ def test_r3_closes_the_gap_to_the_rollout(model):
 def test_first_gradient_with_equal_engines_is_plain_reinforce(model, mode, mini_batches):
     rollout = sample_rollout(model, "fp32", n_prompts=3 * mini_batches)
     trained, optimizer = parts(model, replay=mode, mini_batches=mini_batches)
-    batch = nano.prepare_batch(trained, rollout, 0).split(12)[0]
+    batch = nano.prepare_batch(trained, rollout).split(12)[0]
     metrics = nano.train_step(trained, optimizer, batch)
 
     model.zero_grad()  # the slow way: one response at a time, without padding, masks or weights
@@ -100,7 +100,7 @@ def test_micro_batching_changes_nothing(model, mini_batches):
     seen = []
     for size in (256, 12, 5, 3, 1):
         trained, optimizer = parts(model, micro_batch=size, mini_batches=mini_batches)
-        batch = nano.prepare_batch(trained, rollout, 0)
+        batch = nano.prepare_batch(trained, rollout)
         metrics = nano.train_step(trained, optimizer, batch.split(12)[-1])
         seen.append((metrics, gradients(trained)))
     for metrics, gradient in seen[1:]:
@@ -112,19 +112,19 @@ def test_micro_batching_changes_nothing(model, mini_batches):
 def test_tokens_outside_the_response_have_no_influence(model, rollout):
     """Padding tokens, and values that stand where no token of the response is."""
     trained, optimizer = parts(model)
-    nano.train_step(trained, optimizer, nano.prepare_batch(trained, rollout, 0).split(12)[0])
+    nano.train_step(trained, optimizer, nano.prepare_batch(trained, rollout).split(12)[0])
     clean = gradients(trained)
     spoiled = nano.replace(rollout, tokens=rollout.tokens.clone(), rollout_logprobs=rollout.rollout_logprobs.clone())
     column = torch.arange(rollout.tokens.shape[1])
     spoiled.tokens[column >= rollout.lengths[:, None]] = 5
     spoiled.rollout_logprobs[~rollout.mask] = torch.nan
     trained, optimizer = parts(model)
-    nano.train_step(trained, optimizer, nano.prepare_batch(trained, spoiled, 0).split(12)[0])
+    nano.train_step(trained, optimizer, nano.prepare_batch(trained, spoiled).split(12)[0])
     assert torch.equal(gradients(trained), clean)
 
 
 def test_advantages_come_before_the_split_and_groups_stay_whole(model, rollout):
-    batch = nano.prepare_batch(model, rollout, 0)
+    batch = nano.prepare_batch(model, rollout)
     for mini_batch in batch.split(12):
         groups = mini_batch.advantages.view(3, 4)
         torch.testing.assert_close(groups.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
@@ -135,7 +135,7 @@ def test_advantages_come_before_the_split_and_groups_stay_whole(model, rollout):
 def test_metrics_use_the_old_logprobs_of_the_loss(model, rollout):
     for mode in ("none", "R3"):
         trained, optimizer = parts(model, replay=mode)
-        batch = nano.prepare_batch(trained, rollout, 0)
+        batch = nano.prepare_batch(trained, rollout)
         first, second = batch.split(12)
         nano.train_step(trained, optimizer, first)
         logprobs = nano.policy(trained, second)[0].detach()
@@ -156,30 +156,25 @@ def test_another_objective_takes_the_place_of_minirl(model, rollout):
         return -(advantages[:, None] * logprobs * mask).sum() / n_tokens, torch.zeros_like(mask)
 
     trained, optimizer = parts(model, micro_batch=4, mini_batches=1)
-    batch = nano.prepare_batch(trained, rollout.split(12)[0], 0, advantage_fn=lambda rewards, G: rewards * 3)
+    batch = nano.prepare_batch(trained, rollout.split(12)[0], advantage_fn=lambda rewards, G: rewards * 3)
     assert torch.equal(batch.advantages, batch.rewards * 3)
     metrics = nano.train_step(trained, optimizer, batch, token_mean)
     n_tokens = int((batch.lengths - batch.prompt_lengths).sum())
     assert seen == [(4, 12, n_tokens)] * 3 and metrics["clip_fraction"] == 1
 
 
-def test_a_stale_rollout_is_refused(model, rollout):
-    with pytest.raises(ValueError, match="policy version 0, but the trainer is at 1: call engine.load_weights"):
-        nano.prepare_batch(model, rollout, 1)
-
-
 def test_a_missing_route_is_refused_under_r3_only(model, rollout):
     rollout.routing[3, 1] = -1
     with pytest.raises(ValueError, match="lacks a valid route for 3 of"):
-        nano.prepare_batch(parts(model, replay="R3")[0], rollout, 0)
-    nano.prepare_batch(parts(model, replay="R2")[0], rollout, 0)
+        nano.prepare_batch(parts(model, replay="R3")[0], rollout)
+    nano.prepare_batch(parts(model, replay="R2")[0], rollout)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, rollout, bad):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters())
-    batch = nano.prepare_batch(model, rollout, 0).split(12)[0]
+    batch = nano.prepare_batch(model, rollout).split(12)[0]
 
     def broken(logprobs, *args, **kwargs):
         return logprobs.sum() * bad, torch.ones_like(args[-1])

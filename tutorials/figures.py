@@ -160,8 +160,8 @@ def run(cell: Cell, seed: int, quick: bool) -> dict:
 def count_flips(cell: Cell, seed: int, quick: bool) -> dict:
     """Share of fed tokens for which the engines choose other experts, by layer, after the cold start."""
     c = cell.config(seed, quick)
-    model, engine = nano.cold_start(c), nano.InferenceEngine(c, c.rollout_precision)
-    engine.load_weights(model, 0)
+    model = nano.cold_start(c)
+    engine = nano.InferenceEngine(model, c.rollout_precision)
     rollout = nano.sample(engine, 256, 4, seed)
     with torch.no_grad():
         _, _, routing = nano.policy(model, rollout)

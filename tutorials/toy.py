@@ -21,8 +21,8 @@ import nano_moe_rl as nano  # noqa: E402
 def untrained(c: nano.Config, n_prompts: int = 32) -> tuple[nano.Model, nano.Rollout]:
     """A fresh model of the single file and a rollout of it. Such a model solves no task, so for once a reward
     is 1 where the id of a response's last token is odd: something to learn."""
-    model, engine = nano.Model(c), nano.InferenceEngine(c, c.rollout_precision)
-    engine.load_weights(model, version=0)
+    model = nano.Model(c)
+    engine = nano.InferenceEngine(model, c.rollout_precision)
     rollout = nano.sample(engine, n_prompts, c.group_size, seed=0)
     rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()
     return model, rollout
@@ -92,8 +92,8 @@ def replay_bias(precision: str, distances: list[float], seed: int = 0) -> dict[s
     MoE whose weights have moved by `distance` (relative to each matrix) since the rollout: distance 0
     is the first mini-batch, more are later ones. R2 replays the experts of π_old, R3 those of μ_old."""
     c = nano.Config(seed=seed, rollout_precision=precision)
-    old, engine = nano.Model(c), nano.InferenceEngine(c, precision)
-    engine.load_weights(old, 0)
+    old = nano.Model(c)
+    engine = nano.InferenceEngine(old, precision)
     tokens, lengths = enumerated(old)
     batch = nano.Rollout(tokens, torch.full_like(lengths, 2), lengths)
     routes = {"R2": old(tokens[:, :-1], None, batch.fed)[1], "R3": engine.model(tokens[:, :-1], None, batch.fed)[1]}

@@ -60,19 +60,18 @@ def matrix_rate() -> float:
 def our_updates(train: str, rollout: str) -> list[list[float]]:
     """Seconds of rollout, training and synchronisation, for each update after the warm-up."""
     c, times = benchmark_config(train, rollout), []
-    model, engine = Model(c), InferenceEngine(c, rollout)
-    optimizer = adamw(model, 1e-3)
+    model = Model(c)
+    engine, optimizer = InferenceEngine(model, rollout), adamw(model, 1e-3)
     prompts, samples = torch.Generator().manual_seed(1), torch.Generator(DEVICE).manual_seed(2)
-    engine.load_weights(model, 0)
-    for update in range(WARM_UP + UPDATES):
+    for _ in range(WARM_UP + UPDATES):
         marks = [clock()]
         batch = engine.generate(*make_prompts(PROMPTS, c, prompts), GROUP, samples,
                                 eos=-1)  # which no token is: every response has its full length
         marks.append(clock())
         batch.rewards = (batch.tokens[:, -1] < 5).float()
-        train_step(model, optimizer, prepare_batch(model, batch, update))
+        train_step(model, optimizer, prepare_batch(model, batch))
         marks.append(clock())
-        engine.load_weights(model, update + 1)
+        engine = InferenceEngine(model, rollout)
         marks.append(clock())
         assert batch.tokens.shape == (SEQUENCES, TOKENS) and (batch.lengths == TOKENS).all()
         times.append([end - start for start, end in zip(marks, marks[1:])])
@@ -80,8 +79,8 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
 
 def distinct_positions(c: Config) -> str:
     """How much of a first batch is a computation of its own in the train step."""
-    model, engine = Model(c), InferenceEngine(c, c.rollout_precision)
-    engine.load_weights(model, 0)
+    model = Model(c)
+    engine = InferenceEngine(model, c.rollout_precision)
     batch = engine.generate(*make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
                             torch.Generator(DEVICE).manual_seed(2), eos=-1)
     first, place = distinct(batch.tokens[:, :-1], batch.fed)

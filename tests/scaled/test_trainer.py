@@ -78,7 +78,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
     s = options(c)
     ours = prepare_batch(policy, replace(rollout, advantages=nano.group_advantages(
         rollout.rewards, c.group_size)), s)
-    theirs = nano.prepare_batch(model, rollout, rollout.version)
+    theirs = nano.prepare_batch(model, rollout)
     for part, other in zip(ours.split(12), theirs.split(12), strict=True):
         got = train_step(policy, sgd[1], part, s)
         expected = nano.train_step(model, sgd[0], other, loss_fn)
