@@ -157,13 +157,13 @@ def distinct(tokens, mask, replay=None, start=0):
     computation, such as a group's prompt. Rows with a past of start > 0 tokens share nothing.
     -> first (N,), where each is among B·T positions; place (B, T), which of the N a position is."""
     columns = torch.cat([tokens[..., None]] + ([] if replay is None else [replay.flatten(2)]), 2)
-    past, pasts = torch.arange(len(tokens), device=DEVICE) * (start > 0), []
-    for t, column in enumerate(columns.unbind(1)):
-        _, past = torch.cat([past[:, None], column], 1).unique(dim=0, return_inverse=True)
-        pasts.append(past + t * len(tokens))
-    _, ids, counts = torch.stack(pasts, 1)[mask].unique(return_inverse=True, return_counts=True)
+    factors = torch.randint(2**62, columns.shape[1:], generator=Generator().manual_seed(0))
+    own = torch.arange(len(tokens), device=DEVICE)[:, None] * (start > 0)
+    pasts = own + ((columns + 1) * factors.to(DEVICE)).sum(2).cumsum(1)  # fingerprints of 62 bits
+    _, ids, counts = pasts[mask].unique(return_inverse=True, return_counts=True)
     first = mask.flatten().nonzero()[ids.argsort(stable=True)[counts.cumsum(0) - counts], 0]
-    return first, torch.zeros_like(tokens).masked_scatter(mask, ids)
+    first, order = first.sort()  # not by fingerprint: sums should not depend on it
+    return first, torch.zeros_like(tokens).masked_scatter(mask, order.argsort()[ids])
 
 def attend(p, x, first, place, rotary, cache, product):
     """x (N, D) plus its causal grouped-query attention; rotary (2, N, 1, head_dim). A cache
@@ -177,8 +177,8 @@ def attend(p, x, first, place, rotary, cache, product):
     if cache is not None:
         cache[0, :, :, -S:], cache[1, :, :, -S:] = k, v
         k, v = cache
-    seen = torch.ones(S, k.shape[2], dtype=torch.bool, device=DEVICE).tril(k.shape[2] - S)
-    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), seen, enable_gqa=True)
+    q, k, v = q.float(), k.float(), v.float()  # many tokens have no past but themselves, or one has
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1, enable_gqa=True)
     out = rearrange(out, "b h s d -> (b s) (h d)").index_select(0, first)
     return x + product(out.to(x.dtype), p.o_proj.weight)
 
