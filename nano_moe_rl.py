@@ -159,7 +159,7 @@ def distinct(tokens, mask, replay=None, start=0):
     columns = torch.cat([tokens[..., None]] + ([] if replay is None else [replay.flatten(2)]), 2)
     factors = torch.randint(2**62, columns.shape[1:], generator=Generator().manual_seed(0))
     own = torch.arange(len(tokens), device=DEVICE)[:, None] * (start > 0)
-    pasts = own + ((columns + 1) * factors.to(DEVICE)).sum(2).cumsum(1)  # fingerprints of 62 bits
+    pasts = own + ((columns + 1) * factors.to(DEVICE)).sum(2).cumsum(1)  # 62-bit fingerprints
     _, ids, counts = pasts[mask].unique(return_inverse=True, return_counts=True)
     first = mask.flatten().nonzero()[ids.argsort(stable=True)[counts.cumsum(0) - counts], 0]
     first, order = first.sort()  # not by fingerprint: sums should not depend on it
@@ -177,7 +177,7 @@ def attend(p, x, first, place, rotary, cache, product):
     if cache is not None:
         cache[0, :, :, -S:], cache[1, :, :, -S:] = k, v
         k, v = cache
-    q, k, v = q.float(), k.float(), v.float()  # many tokens have no past but themselves, or one has
+    q, k, v = q.float(), k.float(), v.float()  # S > 1 is never fed onto a past
     out = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1, enable_gqa=True)
     out = rearrange(out, "b h s d -> (b s) (h d)").index_select(0, first)
     return x + product(out.to(x.dtype), p.o_proj.weight)
@@ -230,8 +230,8 @@ class Model(nn.Module):
 
     def forward(self, tokens, replay=None, mask=None, cache=None):
         """tokens (B, T), replay (B, T, L, A), mask (B, T) or (B, 1), False on padding at the right
-        -> logits (B, T, V), routing (B, T, L, A), always live. Tokens are the last T positions of a
-        cache (L, 2, B, K, positions, head_dim). ValueError: a real token has no route to replay."""
+        -> logits (B, T, V), routing (B, T, L, A), always live. Tokens are all positions of a cache
+        (L, 2, B, K, positions, head_dim), or its last. ValueError if a route is missing."""
         c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.expand(B, T)
         start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
@@ -547,8 +547,8 @@ def train(c: Config, **functions):
                 write_aside(folder / "checkpoint.pt", partial(torch.save, state))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 write_aside(folder / "metrics.jsonl", partial(Path.write_text, data=text))
-                bar.set_postfix_str("reward {reward:.3f}, entropy {entropy:.3f}, "
-                                    "KL {mismatch_kl:.1e}, {staleness_kl:.1e}".format(**row))
+                bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}, "
+                                    "staleness {staleness_kl:.1e}".format(**row))
                 bar.update(c.mini_batches)
     finally:
         if rows:
