@@ -192,7 +192,6 @@ def moe(p, x, A, replay, product):
     # logits, so a replayed expert has its gradient where the router would no longer choose it.
     experts = live if replay is None else replay
     weights = router_logits.gather(-1, experts).softmax(-1)
-
     # A token is copied once for each of its experts and the copies are sorted by expert: each
     # expert works on one block of rows, and one that nobody chose costs nothing.
     order = experts.flatten().argsort(stable=True)
@@ -235,6 +234,7 @@ class Model(nn.Module):
         c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.expand(B, T)
         start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
+        assert start == 0 or T == 1, "attention has no mask for several tokens after a past"
         first, place = distinct(tokens, mask, replay, start)
         rotary = self.rotary[:, start + first % T].to(self.dtype)
         if replay is not None:
@@ -261,11 +261,11 @@ class Rollout:
     lengths: Tensor  # (B,) prompt and response
     rollout_logprobs: Tensor | None = None  # (B, T) log μ of token t + 1, 0 outside the response
     routing: Tensor | None = None  # (B, T, L, A) the experts of μ
+    version: int = 0  # updates that μ's weights had seen, where an engine can lag: in scaled/
     rewards: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B,) this and the next two come from prepare_batch
     old_logprobs: Tensor | None = None  # (B, T) log π_old; None: what the training forward says
     replay: Tensor | None = None  # (B, T, L, A) the experts to train with; None: the live ones
-
     # (B, T) masks: where a token is fed, all but a sequence's last; where a response's is predicted
     fed = property(lambda r: torch.arange(1, r.tokens.shape[1]).to(r.lengths) < r.lengths[:, None])
     mask = property(lambda r: r.fed & (r.fed.cumsum(1) >= r.prompt_lengths[:, None]))
@@ -484,22 +484,23 @@ def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
     return replace(rollout, rewards=grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths))
 
 def evaluate(model: Model) -> Rollout:
-    """A response to each held-out prompt, the same at every score, by native routing at training
-    precision. No training draws from its seed."""
+    """A response to each of the held-out prompts, at training precision and by native routing."""
     engine = InferenceEngine(model, model.config.train_precision)
     return sample(engine, model.config.eval_prompts, 1, seed=2**61)
 
 def draw(rows: list[dict], folder: Path):
     """The six curves of a run."""
+    names = "score", "mismatch_kl", "reward", "entropy", "staleness_kl", "routing_agreement"
+    titles = ("score on held-out prompts", "training-inference KL(μ_old‖π_old)", "training reward",
+              "entropy of π_θ, nats", "staleness KL(π_old‖π_θ)", "same experts: π_θ and μ")
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
     figure = Figure(figsize=(12, 6), layout="constrained")
-    names = "score", "mismatch_kl", "reward", "entropy", "staleness_kl", "routing_agreement"
-    for axes, name in zip(figure.subplots(2, 3).flat, names):
+    for axes, name, title in zip(figure.subplots(2, 3).flat, names, titles):
         kl = name.endswith("kl")  # a log axis has no place for 0, the first mini-batch's staleness
         points = [(row["update"], row[name]) for row in rows
                   if row.get(name) not in (None, 0 if kl else None)]
         axes.plot(*zip(*points), marker="." if name == "score" else "")
-        axes.set(title=name, xlabel="update", yscale="log" if kl else "linear")
+        axes.set(title=title, xlabel="update", yscale="log" if kl else "linear")
         axes.grid(alpha=0.3)
     axes.legend([f"layer {i}" for i in range(len(points[0][1]))])
     write_aside(folder / "curves.png", partial(figure.savefig, format="png", dpi=100))
@@ -528,8 +529,7 @@ def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_a
         yield rows[-1]
 
 def train(c: Config, **functions):
-    """A run in runs/NAME, new or on from its checkpoint; functions go to learn. Checkpoint and
-    metrics are written after every rollout batch, the picture at whatever end."""
+    """A run in runs/NAME, new or resumed, saved after each rollout batch; functions go to learn."""
     folder, rows, text = Path("runs", c.name), [], json.dumps(asdict(c), indent=2)
     write_aside(folder / "config.json", partial(Path.write_text, data=text))
     model = cold_start(c)

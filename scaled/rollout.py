@@ -188,7 +188,7 @@ class Engine:
             routes.append(self.routes(answer.routed_experts, len(rows[-1]) - 1, f"response {i}"))
         return Rollout(pad_sequence(rows, True), torch.tensor([len(prompt) for prompt in prompts]),
                        torch.tensor([len(row) for row in rows]), pad_sequence(logprobs, True),
-                       self.pad(routes))
+                       self.pad(routes), self.version)
 
     def score(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
         """log μ of the tokens of given sequences at temperature 1, by one prefill: logprobs (B, T),
