@@ -507,11 +507,12 @@ def draw(rows: list[dict], folder: Path):
 
 def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_advantages):
     """RL from len(rows) updates on, a rollout batch at a time: appends a row of metrics for each
-    update and yields after each batch. loss_fn and advantage_fn replace MiniRL's."""
+    update; yields {} first, then the last row after a batch. The two functions replace MiniRL's."""
     c = model.config
     loss_fn = loss_fn or partial(minirl_loss, clip=c.clip, length_norm=c.length_norm,
                                  importance_sampling=c.importance_sampling)
     n_prompts = c.mini_batches * c.mini_batch // c.group_size
+    yield {}
     while len(rows) < c.updates:
         began, start = time.perf_counter(), len(rows)
         engine = InferenceEngine(model, c.rollout_precision)  # weight synchronisation
@@ -547,9 +548,8 @@ def train(c: Config, **functions):
                 write_aside(folder / "checkpoint.pt", partial(torch.save, state))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 write_aside(folder / "metrics.jsonl", partial(Path.write_text, data=text))
-                bar.set_postfix_str("reward {reward:.3f}, KL {mismatch_kl:.1e}, "
-                                    "staleness {staleness_kl:.1e}".format(**row))
-                bar.update(c.mini_batches)
+                bar.set_postfix({k: row[k] for k in row if k in ("reward", "mismatch_kl")})
+                bar.update(len(rows) - bar.n)
     finally:
         if rows:
             draw([{"update": 0, "score": before.rewards.mean().item()}] + rows, folder)
@@ -592,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
         train(c)
     except (FloatingPointError, KeyboardInterrupt) as reason:
         print(f"stopped by {reason or 'Ctrl-C'}; --resume {c.name} goes on from the last good "
-              f"checkpoint, runs/{c.name}/checkpoint.pt (none before a batch)", file=sys.stderr)
+              f"checkpoint, runs/{c.name}/checkpoint.pt (none before RL)", file=sys.stderr)
         return 130 if isinstance(reason, KeyboardInterrupt) else 1
     return 0
 

@@ -120,13 +120,14 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(folder):
         assert torch.as_tensor(leaf if leaf is not None else 0).isfinite().all(), path
 
 
-def test_a_nan_loss_ends_main_with_the_path_of_the_checkpoint(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("call, updates", [(3, 2), (1, 0)])  # in the second rollout batch, and in the first
+def test_a_nan_loss_ends_main_with_the_path_of_the_checkpoint(folder, monkeypatch, capsys, call, updates):
     with monkeypatch.context() as patch:
-        patch.setattr(nano, "minirl_loss", nan_from(3))
+        patch.setattr(nano, "minirl_loss", nan_from(call))
         assert nano.main(arguments(name="bad")) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "runs/bad/checkpoint.pt" in err
-    assert len(checkpoint("bad")["rows"]) == 2
+    assert len(checkpoint("bad")["rows"]) == updates
     assert nano.main(["--resume", "bad"]) == 0  # with the loss repaired
     assert [row["update"] for row in metrics("bad")] == [1, 2, 3, 4]
 

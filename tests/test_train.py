@@ -187,7 +187,9 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, rollout, bad)
 def test_the_learning_rate_rises_in_the_first_updates_and_rows_are_whole(config, model):
     trained, optimizer = parts(model, updates=6, mini_batches=2, warmup=5, lr=0.01, eval_every=4)
     rows, seen = [], []
-    for row in nano.learn(trained, optimizer, rows):
+    steps = nano.learn(trained, optimizer, rows)
+    assert next(steps) == {} and rows == []  # before the first batch: time to save what there is
+    for row in steps:
         assert row is rows[-1]
         seen.append((len(rows), optimizer.param_groups[0]["lr"]))
     assert seen == [(2, pytest.approx(0.004)), (4, pytest.approx(0.008)), (6, pytest.approx(0.01))]
