@@ -548,7 +548,7 @@ def train(c: Config, **functions):
                 write_aside(folder / "checkpoint.pt", partial(torch.save, state))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 write_aside(folder / "metrics.jsonl", partial(Path.write_text, data=text))
-                bar.set_postfix({k: row[k] for k in row if k in ("reward", "mismatch_kl")})
+                bar.set_postfix({k: row[k] for k in ("reward", "mismatch_kl") if row})
                 bar.update(len(rows) - bar.n)
     finally:
         if rows:
