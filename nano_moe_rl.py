@@ -187,7 +187,6 @@ def moe(p, x, A, replay, product):
     h = rms_norm(x, p.post_attention_layernorm.weight)
     router_logits = p.mlp.gate(h.float())  # never quantised
     live = router_logits.topk(A).indices
-
     # All of routing replay: the selection is given, the weights stay live. They come from unmasked
     # logits, so a replayed expert has its gradient where the router would no longer choose it.
     experts = live if replay is None else replay
@@ -238,7 +237,8 @@ class Model(nn.Module):
         first, place = distinct(tokens, mask, replay, start)
         rotary = self.rotary[:, start + first % T].to(self.dtype)
         if replay is not None:
-            bad = ((replay < 0) | (replay >= c.experts)).any(-1)[mask]
+            twice = (replay.sort(-1).values.diff() == 0).any(-1)
+            bad = (twice | ((replay < 0) | (replay >= c.experts)).any(-1))[mask]
             if bad.any() or replay.shape != (B, T, c.layers, c.top_k):
                 raise ValueError(f"replay of shape {tuple(replay.shape)} lacks a valid route for "
                                  f"{bad.sum()} of {bad.numel()} (token, layer) pairs")

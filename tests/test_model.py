@@ -136,6 +136,7 @@ def test_experts_that_nobody_chose_do_no_work(config, model):
     (lambda r: r[:, :, :-1], "24, 28, 2, 2"),
     (lambda r: r.index_fill(1, torch.tensor([0]), -1), "lacks a valid route for"),
     (lambda r: r.where(r != 0, 99), "lacks a valid route for"),
+    (lambda r: r[..., :1].expand_as(r), "lacks a valid route for"),
 ])
 def test_routes_that_cannot_be_replayed_are_refused(model, rollout, spoil, message):
     with pytest.raises(ValueError, match=message):

@@ -68,7 +68,7 @@ def rollout():
     return nano.Rollout(
         tokens=torch.arange(B * (T + 1)).view(B, T + 1),
         prompt_lengths=torch.tensor([2, 3, 1, 4, 2]), lengths=torch.tensor([4, 10, 6, 5, 7]),
-        rollout_logprobs=numbered(B, T),
+        rollout_logprobs=numbered(B, T), version=7,
         routing=torch.arange(B * T * L * A, dtype=torch.int16).view(B, T, L, A),
         rewards=numbered(B), advantages=numbered(B) + 0.5)
 
@@ -76,7 +76,7 @@ def rollout():
 @pytest.mark.parametrize("rows", [[3], [4, 0], [2, 3, 4], [1, 0, 2, 3, 4]])
 def test_take_cuts_to_the_longest_row(rollout, rows):
     part, longest = take(rollout, rows), max(rollout.lengths[i].item() for i in rows)
-    assert part.old_logprobs is None and part.replay is None
+    assert part.version == 7 and part.old_logprobs is None and part.replay is None
     assert part.routing.dtype == torch.int16
     for name in ("prompt_lengths", "lengths", "rewards", "advantages"):
         assert getattr(part, name).tolist() == [getattr(rollout, name)[i].item() for i in rows]

@@ -5,14 +5,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from scaled.replay import RoutingReplay
-from scaled.quantisation import quantisation, quantised_sizes
-from scaled.rollout import Engine, check_vllm, normalise_routes
+from scaled.rollout import Engine, check_vllm
 
 ROOT = Path(__file__).parents[2]
 EOS, TEMPERATURE = 7, 0.7
@@ -227,102 +225,10 @@ def test_local_versions_of_the_pinned_vllm_are_fine(monkeypatch):
     assert check_vllm() == "0.30.0+cu130"
 
 
-def test_precisions_that_shapes_or_device_lack(model, monkeypatch):
-    c = model.config
-    assert quantised_sizes(c, 1) == {
-        "hidden_size": 64, "num_attention_heads * head_dim": 128,
-        "num_key_value_heads * head_dim": 64, "moe_intermediate_size": 96, "intermediate_size": 160}
-    assert quantised_sizes(c, 4)["num_key_value_heads * head_dim"] == 32
-    with pytest.raises(ValueError, match="precision int4: give bf16 or fp32 or fp8 or int8"):
-        quantisation("int4", c, 1)
-    with pytest.raises(ValueError, match="int8: needs multiples of 32.*moe_intermediate_size 48"):
-        quantisation("int8", c, 2)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    with pytest.raises(ValueError, match="fp8: this CPU lacks AMX"):
-        quantisation("fp8", c, 1)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    with pytest.raises(ValueError, match="multiples of 128 per rank.*hidden_size 64.*give bf16"):
-        quantisation("fp8", c, 1)
-
-
-def test_fp8_on_a_gpu_has_a_scale_for_each_token_and_leaves_routers_alone(model, monkeypatch):
-    """By vLLM's own reading of the options, with the names of its Qwen3-MoE."""
-    from vllm.config.quantization import resolve_quantization_config
-    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
-
-    monkeypatch.setattr("scaled.quantisation.DEVICE", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ValueError, match="fp8: a card has no fp8 units; give bf16 or int8"):
-        quantisation("fp8", model.config, 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    options = quantisation("fp8", model.config, 1)
-    read = resolve_quantization_config(options["quantization"], options["quantization_config"])
-    for weights in (read.linear.weight, read.moe.weight):
-        assert weights.scale.group_shape.is_per_channel() or weights.scale.group_shape.is_per_token()
-    ignored = {name: should_ignore_layer(f"model.layers.0.{name}", read.ignore) for name in (
-        "mlp.gate", "mlp.experts", "mlp.gate_up_proj", "self_attn.qkv_proj", "self_attn.o_proj")}
-    assert [name for name, is_ignored in ignored.items() if is_ignored] == ["mlp.gate"]
-
-
 def test_refusals_at_the_start(model):
     with pytest.raises(ValueError, match="tensor_parallel 2: give a divisor of the 1 processes"):
         Engine(model.folder, precision="fp32", tensor_parallel=2, max_length=10, temperature=1.0,
                seed=0)
-
-
-# ------------------------------------------------------------------------------ normalise_routes
-def routed(rows, layers, dense, top_k, experts, dtype=np.uint8, seed=0):
-    """Valid routes as vLLM gives them: (rows, layers, top_k), zeros in dense layers."""
-    random = np.random.default_rng(seed)
-    ids = np.stack([random.permutation(experts)[:top_k] for _ in range(rows * layers)])
-    ids = ids.reshape(rows, layers, top_k).astype(dtype)
-    ids[:, dense] = 0
-    return ids
-
-
-@pytest.mark.parametrize("experts, dtype, expected", [
-    (8, np.uint8, torch.uint8), (256, np.uint8, torch.uint8), (300, np.uint16, torch.int16),
-    (8, np.int32, torch.uint8), (300, np.int64, torch.int16)])
-@pytest.mark.parametrize("extra", [0, 1])
-def test_normalised_routes(experts, dtype, expected, extra):
-    raw = routed(5 + extra, 4, [0, 2], 3, experts, dtype)
-    routes = normalise_routes(raw, rows=5, layers=[1, 3], n_hidden_layers=4, top_k=3,
-                              n_experts=experts)
-    assert routes.dtype == expected and routes.shape == (5, 2, 3)
-    for t in range(5):
-        for column, layer in enumerate((1, 3)):
-            assert routes[t, column].tolist() == raw[t, layer].tolist()
-    assert experts != 300 or routes.max() > 255
-
-
-def change(array, index, value):
-    array = array.copy()
-    array[index] = value
-    return array
-
-
-GOOD = routed(6, 4, [0], 3, 8, np.int32)
-
-
-@pytest.mark.parametrize("raw, message", [
-    (None, "6 of 6 rows are missing"),
-    (GOOD[:4], "2 of 6 rows are missing"),
-    (np.concatenate([GOOD, GOOD[:2]]), r"shape \(8, 4, 3\), expected 6 or 7 rows of \(4, 3\)"),
-    (GOOD[:, 1:], r"shape \(6, 3, 3\)"),
-    (GOOD[:, :, :2], r"shape \(6, 4, 2\)"),
-    (GOOD.astype(np.float32), "dtype float32"),
-    (change(GOOD, (2, 0, 1), 5), "1 of 1 dense layers have routes"),
-    (np.roll(GOOD, 1, 1), "1 of 1 dense layers have routes"),
-    (change(GOOD, (3, 2, 1), 8), "1 of 54 ids are not below 8"),
-    (change(GOOD, (3, 2, 1), -1), "1 of 54 ids are not below 8"),
-    (change(GOOD, (3, 2, 1), 264), "1 of 54 ids are not below 8"),  # would wrap to 8 in uint8
-    (change(GOOD, (3, 2), [4, 1, 4]), "1 of 18 .token, layer. pairs"),
-    (change(GOOD, (slice(2, 4)), 0), "6 of 18 .token, layer. pairs"),
-    (np.zeros_like(GOOD), "18 of 18 .token, layer. pairs")])
-def test_routes_that_are_refused(raw, message):
-    with pytest.raises(ValueError, match=message):
-        normalise_routes(raw, rows=6, layers=[1, 2, 3], n_hidden_layers=4, top_k=3, n_experts=8)
 
 
 # ------------------------------------------------------------------------------ several processes

@@ -146,6 +146,13 @@ def test_sums_are_not_means_of_means():
         assert got[name] == pytest.approx(value.tolist(), rel=1e-6), name
 
 
+def share(rank, world, path, N):
+    """This rank's rows of a saved rollout batch, and options that make N mini-batches of it."""
+    whole_batch = torch.load(path, weights_only=False)
+    c = options(nano.Config(**SHAPE | dict(mini_batches=N, updates=N)), token_budget=60)
+    return take(whole_batch, rows_of_rank(len(whole_batch.tokens), N, world, rank)), c
+
+
 def two_batches(rank, world, folder):
     """Three updates by a world: N = 2 off-policy, then one on-policy, rows shared out to the ranks."""
     join_group(rank, world, folder)
@@ -154,9 +161,7 @@ def two_batches(rank, world, folder):
     # SGD as above; with AdamW test_policy.py compares the weights
     optimizer, history = torch.optim.SGD(policy.parameters(), 0.3), []
     for N, name in ((2, "off"), (1, "on")):
-        whole_batch = torch.load(folder / name, weights_only=False)
-        part = take(whole_batch, rows_of_rank(len(whole_batch.tokens), N, world, rank))
-        c = options(nano.Config(**SHAPE | dict(mini_batches=N, updates=2)), token_budget=60)
+        part, c = share(rank, world, folder / name, N)
         batch = prepare_batch(policy, part, c)
         history += [train_step(policy, optimizer, mini, c)
                     for mini in batch.split(len(batch.tokens) // N)]
@@ -196,9 +201,7 @@ def updates_between_moves(rank, world, folder, moved):
     policy = load_policy(folder / "hf", precision="bf16", logits_bytes=10**5, device="cpu",
                          gradient_checkpointing=True, cpu_offload=False)
     optimizer, parameters, to = nano.adamw(policy, 1e-3), list(policy.parameters()), torch.Tensor.to
-    whole_batch = torch.load(folder / "batch", weights_only=False)
-    part = take(whole_batch, rows_of_rank(len(whole_batch.tokens), 1, world, rank))
-    c = options(nano.Config(**SHAPE | dict(mini_batches=1, updates=1)), token_budget=60)
+    part, c = share(rank, world, folder / "batch", 1)
     for _ in range(3):
         metrics = train_step(policy, optimizer, prepare_batch(policy, part, c), c)
         if moved == "moved":
