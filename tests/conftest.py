@@ -71,10 +71,11 @@ def rewarded(monkeypatch):
     monkeypatch.setattr(nano, "grade", grade)
 
 
-def sample_rollout(model, precision, n_prompts=6, seed=0, **changes):
+def sample_rollout(model, precision, n_prompts=6, seed=0, router_noise=0.0):
     c = model.config
-    engine = nano.InferenceEngine(model, precision)
+    engine = nano.InferenceEngine(model, precision, router_noise)
     rollout = nano.sample(engine, n_prompts, c.group_size, seed)
     # an untrained policy is never right: rewards that differ within groups, from the tokens themselves
     rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()
+    rollout.advantages = nano.group_advantages(rollout.rewards, c.group_size)
     return rollout

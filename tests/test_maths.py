@@ -29,7 +29,7 @@ def slow_minirl(logprobs, old, rollout, advantages, mask, *, clip, kind, length_
             ratio = math.exp(logprobs[i, t] - old[i, t])
             if clip and (advantages[i] > 0 and ratio > 1.27 or advantages[i] < 0 and ratio < 0.8):
                 continue
-            weight = {"token": min(math.exp(logprobs[i, t] - rollout[i, t]), 5), "none": min(ratio, 5),
+            weight = {"token": min(math.exp(logprobs[i, t] - rollout[i, t]), 5), "staleness": min(ratio, 5),
                       "sequence": min(product, 2)}[kind]
             gradient[i, t] = -weight * advantages[i] / B / (len(tokens) if length_norm else 1)
             loss += gradient[i, t] * logprobs[i, t]
@@ -37,7 +37,7 @@ def slow_minirl(logprobs, old, rollout, advantages, mask, *, clip, kind, length_
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("kind", ["token", "sequence", "none"])
+@pytest.mark.parametrize("kind", ["token", "sequence", "staleness"])
 @pytest.mark.parametrize("length_norm", [True, False])
 def test_minirl_is_equation_7(case, clip, kind, length_norm):
     logprobs, _, _, _, mask = case
@@ -86,7 +86,18 @@ def test_clip_gate_truth_table(advantage, log_ratio, kept):
     assert gate.tolist() == [[kept]]
 
 
-@pytest.mark.parametrize("kind, cap, columns", [("token", 5.0, 1), ("none", 5.0, 1), ("sequence", 2.0, 4)])
+@pytest.mark.parametrize("low, high", [(0.1, 0.5), (0.5, 0.1), (0.0, 0.0), (0.99, 9.0)])
+def test_the_thresholds_are_options(case, low, high):
+    """Other ε than the defaults, in the gate and through the loss, against the definition."""
+    logprobs, old, _, advantages, mask = case
+    expected = [[not (a > 0 and math.exp(x) > 1 + high or a < 0 and math.exp(x) < 1 - low) for x in row]
+                for row, a in zip((logprobs - old).tolist(), advantages.tolist())]
+    assert nano.clip_gate(logprobs, old, advantages, low, high).tolist() == expected
+    _, gate = nano.minirl_loss(*case, n_sequences=B, n_tokens=1, clip_low=low, clip_high=high)
+    assert torch.equal(gate[mask], torch.tensor(expected)[mask])
+
+
+@pytest.mark.parametrize("kind, cap, columns", [("token", 5.0, 1), ("staleness", 5.0, 1), ("sequence", 2.0, 4)])
 def test_weights_are_capped(kind, cap, columns):
     """Below, at and above the bound; a sequence reaches it by the product of its tokens."""
     for factor, expected in ((0.5, 0.5 * cap), (1 - 1e-4, (1 - 1e-4) * cap), (1.0, cap), (1.01, cap), (1e30, cap)):
@@ -104,18 +115,18 @@ def test_sequence_weight_is_the_exponential_of_the_sum():
     assert nano.importance_weights(ratios.log() * 1e3, ratios, torch.zeros(1, 4), mask, "sequence").isfinite().all()
 
 
-def test_none_drops_only_the_discrepancy(case):
+def test_staleness_drops_only_the_discrepancy(case):
     logprobs, old, rollout, _, mask = case
     token = nano.importance_weights(logprobs, old, rollout, mask, "token")
-    none = nano.importance_weights(logprobs, old, rollout, mask, "none")
-    uncapped = mask & (token < 5) & (none < 5)
-    torch.testing.assert_close(token[uncapped], (none * (old - rollout).exp())[uncapped])
-    on_policy = nano.importance_weights(old, old, rollout, mask, "none")
+    staleness = nano.importance_weights(logprobs, old, rollout, mask, "staleness")
+    uncapped = mask & (token < 5) & (staleness < 5)
+    torch.testing.assert_close(token[uncapped], (staleness * (old - rollout).exp())[uncapped])
+    on_policy = nano.importance_weights(old, old, rollout, mask, "staleness")
     assert (on_policy[mask] == 1).all() and (on_policy[~mask] == 0).all()
 
 
 def test_weights_carry_no_gradient(case):
-    for kind in ("token", "sequence", "none"):
+    for kind in ("token", "sequence", "staleness"):
         assert not nano.importance_weights(*case[:3], case[4], kind).requires_grad
 
 
@@ -135,13 +146,12 @@ def test_logprobs_and_entropy_against_torch_distributions():
         torch.testing.assert_close(nano.entropy(logits, temperature), expected.entropy())
 
 
-def test_kl_estimators_find_the_kl_of_two_distributions():
+def test_k3_finds_the_kl_of_two_distributions():
     p, q = (torch.randn(V, generator=torch.Generator().manual_seed(seed)).log_softmax(0) for seed in (0, 1))
     exact = (p.exp() * (p - q)).sum().double()
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(2))
     mask = torch.ones(1, len(tokens), dtype=torch.bool)
-    for estimator in (nano.kl_k1, nano.kl_k3):
-        torch.testing.assert_close(estimator(p[tokens][None], q[tokens][None], mask), exact, rtol=0.02, atol=0)
+    torch.testing.assert_close(nano.kl_k3(p[tokens][None], q[tokens][None], mask), exact, rtol=0.02, atol=0)
 
 
 def test_k3_keeps_its_digits_where_engines_nearly_agree():

@@ -55,7 +55,7 @@ def test_foreign_routing_is_obeyed_and_reported_routing_stays_live(config, model
     model(tokens, replay.where(one[..., None, None], -1), one)[0][one].sum().backward()
     for i, layer in enumerate(model.layers):
         used = set(replay[:, 0, i].flatten().tolist())
-        gradient = layer["mlp"]["experts"]["down_proj"].grad.abs().sum((1, 2))
+        gradient = layer.mlp.experts["down_proj"].grad.abs().sum((1, 2))
         assert {e for e in range(config.experts) if gradient[e] > 0} == used
 
 
@@ -65,7 +65,7 @@ def test_a_replayed_expert_outside_the_live_top_k_has_a_router_gradient(config, 
     replay = foreign_routing(live, config.experts)
     model(tokens, replay)[0].logsumexp(-1).sum().backward()
     for i, layer in enumerate(model.layers):
-        gradient = layer["mlp"]["gate"].weight.grad.abs().sum(1)
+        gradient = layer.mlp.gate.weight.grad.abs().sum(1)
         for expert in replay[0, :, i].unique().tolist():
             assert gradient[expert] > 0
         silent = set(range(config.experts)) - set(replay[0, :, i].flatten().tolist())
@@ -75,7 +75,7 @@ def test_a_replayed_expert_outside_the_live_top_k_has_a_router_gradient(config, 
 def test_one_expert_a_token_leaves_the_router_without_gradient(config):
     model = nano.Model(nano.replace(config, top_k=1))
     model(torch.tensor([[3, 1, 4]]))[0].logsumexp(-1).sum().backward()
-    assert all(layer["mlp"]["gate"].weight.grad.abs().max() == 0 for layer in model.layers)
+    assert all(layer.mlp.gate.weight.grad.abs().max() == 0 for layer in model.layers)
 
 
 def test_padding_changes_nothing_and_meets_no_expert(config, model, rollout):
@@ -90,35 +90,30 @@ def test_padding_changes_nothing_and_meets_no_expert(config, model, rollout):
         assert torch.equal(routing[row, :n], alone_routing[0])
     rows_of_experts = []
 
-    def counting(x, weight, offsets=None, bf16=False):
-        if offsets is not None:
-            rows_of_experts.append((len(x), int(offsets[-1])))
-        return nano.product(x, weight, offsets, bf16)
+    class Counting(nano.Numerics):
+        def linear(self, x, weight, ends=None):
+            if ends is not None:
+                rows_of_experts.append((len(x), int(ends[-1])))
+            return super().linear(x, weight, ends)
 
-    model.product = counting
-    model(tokens, None, fed)
-    distinct = len(nano.distinct(tokens, fed)[0])
-    assert set(rows_of_experts) == {(distinct * config.top_k,) * 2}
+    model(tokens, None, fed, numerics=Counting("fp32"))
+    assert set(rows_of_experts) == {(int(fed.sum()) * config.top_k,) * 2}
 
 
-@pytest.mark.parametrize("replayed", [False, True])
-def test_a_shared_past_is_computed_once(rollout, replayed):
-    """distinct against a set of pasts: tokens, and routes where they are replayed."""
-    tokens, fed = rollout.tokens[:, :-1], rollout.fed
-    routing = rollout.routing.clone()
-    routing[1, 0, 0] = routing[1, 0, 0].flip(-1)  # one response of a group whose prompt was routed otherwise
-    first, place = nano.distinct(tokens, fed, routing if replayed else None)
-    pasts = {}
-    for b, t in fed.nonzero().tolist():
-        past = str((tokens[b, : t + 1].tolist(), routing[b, : t + 1].tolist() if replayed else None))
-        pasts.setdefault(past, []).append((b, t))
-    assert len(first) == len(pasts) < int(fed.sum())
-    assert (len(nano.distinct(tokens, fed)[0]) < len(first)) == replayed
-    for positions in pasts.values():
-        rows = {int(place[position]) for position in positions}
-        assert len(rows) == 1
-        b, t = min(positions)
-        assert first[rows.pop()] == b * tokens.shape[1] + t
+def test_the_mixture_is_a_plain_loop_over_tokens(config, model, rollout):
+    """A replayed route on half of the tokens, −1 on the rest: each expert alone, one token at a time."""
+    layer, fed = model.layers[0].mlp, rollout.fed
+    x = torch.randn(*fed.shape, config.width, generator=torch.Generator().manual_seed(0))
+    replay = foreign_routing(rollout.routing, config.experts)[:, :, 0].long()
+    y, _ = layer(x, fed, replay, nano.Numerics("fp32"))
+    for b, t in fed.nonzero()[::7].tolist():
+        scores = layer.gate(x[b, t])[replay[b, t]].softmax(-1)
+        expected = 0
+        for weight, e in zip(scores, replay[b, t]):
+            gate, up = (layer.experts["gate_up_proj"][e] @ x[b, t]).chunk(2)
+            expected += weight * layer.experts["down_proj"][e] @ (torch.nn.functional.silu(gate) * up)
+        torch.testing.assert_close(y[b, t], expected, atol=1e-5, rtol=1e-4)
+    assert (y[~fed] == 0).all()
 
 
 def test_experts_that_nobody_chose_do_no_work(config, model):
@@ -128,7 +123,7 @@ def test_experts_that_nobody_chose_do_no_work(config, model):
     poisoned.load_state_dict(model.state_dict())
     for layer in poisoned.layers:
         unused = [e for e in range(config.experts) if e not in (2, 6)]
-        layer["mlp"]["experts"]["down_proj"].data[unused] = torch.nan
+        layer.mlp.experts["down_proj"].data[unused] = torch.nan
     assert torch.equal(model(tokens, replay)[0], poisoned(tokens, replay)[0])
 
 
@@ -154,8 +149,8 @@ def test_missing_routes_are_counted(config, model):
 def test_bf16_training_rounds_products_and_keeps_fp32_weights(config):
     model = nano.Model(nano.replace(config, train_precision="bf16"))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
-    weight = model.layers[0]["self_attn"]["q_proj"].weight
-    y = model.product(x, weight)
+    weight = model.layers[0].self_attn.q_proj.weight
+    y = model.numerics.linear(x, weight)
     assert torch.equal(y, y.bfloat16().float())
     slow = x.bfloat16().double() @ weight.bfloat16().double().T
     torch.testing.assert_close(y.double(), slow, atol=0, rtol=2**-8)

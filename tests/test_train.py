@@ -94,21 +94,6 @@ def test_first_gradient_with_equal_engines_is_plain_reinforce(model, mode, mini_
     torch.testing.assert_close(gradients(trained), gradients(model) / max(norm, 1), atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("mini_batches", [1, 2])
-def test_micro_batching_changes_nothing(model, mini_batches):
-    rollout = sample_rollout(model, "fp8", n_prompts=3 * mini_batches)
-    seen = []
-    for size in (256, 12, 5, 3, 1):
-        trained, optimizer = parts(model, micro_batch=size, mini_batches=mini_batches)
-        batch = nano.prepare_batch(trained, rollout)
-        metrics = nano.train_step(trained, optimizer, batch.split(12)[-1])
-        seen.append((metrics, gradients(trained)))
-    for metrics, gradient in seen[1:]:
-        torch.testing.assert_close(gradient, seen[0][1], atol=1e-6, rtol=1e-4)
-        for name, value in metrics.items():
-            assert value == pytest.approx(seen[0][0][name], rel=1e-3, abs=1e-9), name
-
-
 def test_tokens_outside_the_response_have_no_influence(model, rollout):
     """Padding tokens, and values that stand where no token of the response is."""
     trained, optimizer = parts(model)
@@ -123,13 +108,31 @@ def test_tokens_outside_the_response_have_no_influence(model, rollout):
     assert torch.equal(gradients(trained), clean)
 
 
-def test_advantages_come_before_the_split_and_groups_stay_whole(model, rollout):
-    batch = nano.prepare_batch(model, rollout)
-    for mini_batch in batch.split(12):
-        groups = mini_batch.advantages.view(3, 4)
-        torch.testing.assert_close(groups.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
-        means = mini_batch.rewards.view(3, 4).mean(1, keepdim=True)
-        torch.testing.assert_close(groups, mini_batch.rewards.view(3, 4) - means)
+def test_a_batch_is_split_between_groups(config, model, monkeypatch):
+    """Advantages come from whole groups, before the split: in each mini-batch those of a group sum to 0."""
+    trained, optimizer = parts(model, updates=2)
+    monkeypatch.setattr(nano, "grade", lambda tokens, _, lengths: tokens.gather(1, lengths[:, None] - 1)[:, 0].float())
+    seen = []
+
+    def keep(logprobs, old, rollout_logprobs, advantages, mask, **_):
+        seen.append(advantages)
+        return (logprobs * 0).sum(), mask
+
+    nano.learn(trained, optimizer, [{"update": 0}], keep)
+    for advantages in seen:
+        assert advantages.abs().max() > 0
+        torch.testing.assert_close(advantages.view(-1, config.group_size).sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_only_the_routes_of_the_response_leave_a_gap(model):
+    """Why the prompt is replayed too: response tokens attend to keys and values that other experts made."""
+    rollout = sample_rollout(model, "fp8", n_prompts=60, router_noise=0.5)
+    with torch.no_grad():
+        native = nano.policy(model, rollout)[2]
+        half = rollout.routing.where((rollout.mask | (rollout.routing[..., 0, 0] < 0))[..., None, None], native)
+        gaps = [nano.kl_k3(rollout.rollout_logprobs, nano.policy(model, nano.replace(rollout, replay=replay))[0],
+                           rollout.mask).item() for replay in (rollout.routing, half, None)]
+    assert gaps == sorted(gaps) and gaps[0] < 0.8 * gaps[1]
 
 
 def test_metrics_use_the_old_logprobs_of_the_loss(model, rollout):
@@ -155,12 +158,11 @@ def test_another_objective_takes_the_place_of_minirl(model, rollout):
         seen.append((len(logprobs), n_sequences, n_tokens))
         return -(advantages[:, None] * logprobs * mask).sum() / n_tokens, torch.zeros_like(mask)
 
-    trained, optimizer = parts(model, micro_batch=4, mini_batches=1)
-    batch = nano.prepare_batch(trained, rollout.split(12)[0], advantage_fn=lambda rewards, G: rewards * 3)
-    assert torch.equal(batch.advantages, batch.rewards * 3)
+    trained, optimizer = parts(model, mini_batches=1)
+    batch = nano.prepare_batch(trained, rollout.split(12)[0])
     metrics = nano.train_step(trained, optimizer, batch, token_mean)
     n_tokens = int((batch.lengths - batch.prompt_lengths).sum())
-    assert seen == [(4, 12, n_tokens)] * 3 and metrics["clip_fraction"] == 1
+    assert seen == [(12, 12, n_tokens)] and metrics["clip_fraction"] == 1
 
 
 def test_a_missing_route_is_refused_under_r3_only(model, rollout):
@@ -184,15 +186,39 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model, rollout, bad)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_the_learning_rate_rises_in_the_first_updates_and_rows_are_whole(config, model):
+def test_the_learning_rate_rises_in_the_first_updates_and_rows_are_whole(model):
     trained, optimizer = parts(model, updates=6, mini_batches=2, warmup=5, lr=0.01, eval_every=4)
-    rows, seen = [], []
-    steps = nano.learn(trained, optimizer, rows)
-    assert next(steps) == {} and rows == []  # before the first batch: time to save what there is
-    for row in steps:
-        assert row is rows[-1]
-        seen.append((len(rows), optimizer.param_groups[0]["lr"]))
+    rows, seen = [{"update": 0}], []
+    nano.learn(trained, optimizer, rows,
+               after_batch=lambda: seen.append((rows[-1]["update"], optimizer.param_groups[0]["lr"])))
     assert seen == [(2, pytest.approx(0.004)), (4, pytest.approx(0.008)), (6, pytest.approx(0.01))]
-    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["score"] is None for row in rows] == [True, True, True, False, True, False]
-    assert len({frozenset(row) for row in rows}) == 1
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert ["score" in row for row in rows[1:]] == [False, False, False, True, False, True]
+    assert len({frozenset(row) for row in rows[1:]}) == 2
+
+
+def test_the_functions_given_to_learn_replace_minirl(config, model):
+    trained, optimizer = parts(model, updates=2)
+    before, seen = {name: weight.clone() for name, weight in trained.state_dict().items()}, []
+
+    def loss_fn(logprobs, old, mu, advantages, mask, **_):
+        seen.append(advantages)
+        return (logprobs * 0).sum(), mask
+
+    nano.learn(trained, optimizer, [{"update": 0}], loss_fn, lambda rewards, G: torch.full_like(rewards, 7.0))
+    assert len(seen) == 2 and all((advantages == 7).all() for advantages in seen)
+    assert all(torch.equal(before[name], weight) for name, weight in trained.state_dict().items())
+
+
+def test_the_scores_of_both_engines(config, model):
+    """evaluate against its parts: score by the training engine, engine_score and the share by the noisy one."""
+    noisy = parts(model, router_noise=1.0, eval_prompts=200)[0]
+    scores, rollout = nano.evaluate(noisy)
+    clean = nano.sample(nano.InferenceEngine(noisy, "fp32"), 200, 1, 2**61)
+    assert scores["score"] == clean.rewards.mean() and scores["engine_score"] == rollout.rewards.mean()
+    with torch.no_grad():
+        own, replayed = (nano.policy(noisy, nano.replace(rollout, replay=replay))[0] for replay in (None, rollout.routing))
+    x, y = ((logprobs - rollout.rollout_logprobs)[rollout.mask].double() for logprobs in (own, replayed))
+    share = 1 - (y.exp() - 1 - y).mean() / (x.exp() - 1 - x).mean()
+    assert scores["routing_share"] == pytest.approx(share.item(), abs=1e-4) and share > 0.8
+    assert nano.evaluate(parts(model, rollout_precision="fp32")[0])[0]["routing_share"] is None

@@ -11,10 +11,10 @@ import nano_moe_rl as nano
 TINY = dict(width=32, heads=1, layers=2, experts=4, expert_width=8, max_digits=4, cold_start_steps=30,
             updates=4, mini_batch=16, group_size=4, mini_batches=2, eval_every=2, eval_prompts=8)
 SCRIPT = str(Path(nano.__file__).resolve())
-METRICS = {"update", "reward", "score", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction",
-           "effective_sample_size", "routing_agreement", "clip_fraction", "response_length", "grad_norm",
-           "tokens_per_second", "seconds"}
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png"}
+METRICS = {"update", "reward", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction",
+           "effective_sample_size", "routing_agreement", "clip_fraction", "response_length", "grad_norm", "seconds"}
+SCORES = {"score", "engine_score", "routing_share"}
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", ".lock"}
 
 
 def arguments(**changes):
@@ -31,8 +31,8 @@ def checkpoint(name):
 
 
 def untimed(rows):
-    """Metrics but for the two that no seed decides."""
-    return [{key: row[key] for key in METRICS - {"seconds", "tokens_per_second"}} for row in rows]
+    """Metrics but for the one that no seed decides."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def leaves(tree, path=""):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,  # noqa: E402
-                         adamw, distinct, make_prompts, prepare_batch, train_step)
+                         adamw, group_advantages, make_prompts, prepare_batch, train_step)
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 PROMPTS, GROUP, DIGITS, RESPONSE = 16, 16, 8, 11  # trl_step.py has the same shape
@@ -33,8 +33,7 @@ def benchmark_config(train: str = "fp32", rollout: str = "fp32") -> Config:
 
 def update_gflop(c: Config) -> float:
     """Arithmetic of one update, as if every token of every sequence were fed once in the rollout
-    and once in training. In fact sequences share what they have in common, and the last token is
-    not fed."""
+    and once in training. In fact a group's prompt is prefilled once, and the last token not fed."""
     attention = c.width * c.head_dim * (c.heads + 2 * c.kv_heads + c.heads)  # q, k and v, o
     moe = c.width * c.experts + c.top_k * 3 * c.width * c.expert_width  # router; gate, up, down
     scores = 2 * c.width * (TOKENS + 1) / 2  # a token sees half of its sequence on average
@@ -69,6 +68,7 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
                                 eos=-1)  # which no token is: every response has its full length
         marks.append(clock())
         batch.rewards = (batch.tokens[:, -1] < 5).float()
+        batch.advantages = group_advantages(batch.rewards, GROUP)
         train_step(model, optimizer, prepare_batch(model, batch))
         marks.append(clock())
         engine = InferenceEngine(model, rollout)
@@ -77,14 +77,14 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
         times.append([end - start for start, end in zip(marks, marks[1:])])
     return times[WARM_UP:]
 
-def distinct_positions(c: Config) -> str:
-    """How much of a first batch is a computation of its own in the train step."""
-    model = Model(c)
-    engine = InferenceEngine(model, c.rollout_precision)
-    batch = engine.generate(*make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
-                            torch.Generator(DEVICE).manual_seed(2), eos=-1)
-    first, place = distinct(batch.tokens[:, :-1], batch.fed)
-    return f"{len(first)} of {place.numel()} fed positions have a past of their own"
+def shared_positions(c: Config) -> str:
+    """What a train step that computed equal pasts once would save, on a first batch: tokens of a
+    group that have begun alike have the same keys and values up to there."""
+    batch = InferenceEngine(Model(c), c.rollout_precision).generate(
+        *make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
+        torch.Generator(DEVICE).manual_seed(2), eos=-1)
+    pasts = {tuple(row[:t + 1]) for row in batch.tokens[:, :-1].tolist() for t in range(len(row))}
+    return f"{len(pasts)} of {batch.fed.sum()} fed positions have a past of their own"
 
 def trl_python(python: str) -> str:
     """The interpreter given, or one in .venv-trl/: TRL's packages stay out of this environment."""
@@ -129,7 +129,7 @@ def main():
     parameters = sum(p.numel() for p in Model(c).parameters())
     gflop = update_gflop(c)
     print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")
-    print(distinct_positions(c))
+    print(shared_positions(c))
     ours, theirs, rate = measure(python)
 
     print(f"\nms, medians of {ROUNDS * UPDATES} updates; matrix rate {rate:.0f} GFLOP/s in fp32\n"
