@@ -3,18 +3,19 @@
     python nano_moe_rl.py                                     # cold start, RL, a picture
     python nano_moe_rl.py --router-noise 0.8 --replay none    # turn a dial (--help) and look
 
-A response has one reward. MiniRL (arXiv 2512.01374) trains a sum over its tokens instead, which is
-right to first order while two gaps are small, between two engines and between old and new weights:
+A response has one reward. MiniRL (arXiv 2512.01374) trains a sum over its tokens instead, a first-
+order approximation that holds while two gaps between policies are small: between the engine that
+samples (inference: fast, coarse) and the one that trains, and between old and new weights.
 
     π_θ / μ_old  =  (π_old / μ_old)  ×  (π_θ / π_old)      in the code by their logarithms:
     μ_old   rollout_logprobs   of the inference engine, when it sampled the response
     π_old   old_logprobs       of the training engine, with the same weights
     π_θ     logprobs           of the training engine, with the weights of this very step
 
-In an MoE both gaps hide a switch: other numerics or other weights send a token to other experts.
+In an MoE each gap can also send a token to other experts: a jump, where rounding is a small error.
 Routing replay fixes the experts in training, to those of π_old (mode R2) or those of μ_old (R3).
 Letters: P prompts, G responses each, B = P·G, T positions, V symbols, D width, L layers, E experts,
-A of them active. Position t is fed token t and predicts token t + 1: T is one less than the tokens.
+of which a token meets A in each layer. Position t is fed token t and predicts token t + 1.
 """
 import argparse, copy, fcntl, io, json, math, os, sys, time, zipfile  # noqa: E401
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -42,11 +43,11 @@ class Config:
     heads: int = option(2, "of attention", high=64)
     kv_heads: int = option(1, "heads of keys and values", high=64)
     experts: int = option(16, "E", high=512)
-    top_k: int = option(2, "A; a single weight is always 1: no gradient for the router", high=512)
+    top_k: int = option(2, "A, experts of a token; with one the router has no gradient", high=512)
     expert_width: int = option(64, "hidden width of an expert, a multiple of 8", high=4096)
     teacher: str = option("brief", "of the cold start", "brief", "equation", "restating")
     min_digits: int = option(3, "in the shortest prompt", high=8)
-    max_digits: int = option(6, "in the longest; all ten always have the same sum", high=8)
+    max_digits: int = option(6, "in the longest; they differ, and all ten sum to 45", high=8)
     max_response: int = option(22, "tokens, after which a response is cut off", high=1000)
     cold_start_steps: int = option(600, "supervised updates before RL", low=0)
     temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=1e-5)
@@ -55,7 +56,7 @@ class Config:
     updates: int = option(300, "gradient updates of RL")
     mini_batch: int = option(256, "responses an update", high=2**20)
     mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy", high=1024)
-    group_size: int = option(8, "G, responses to one prompt", high=2**20)
+    group_size: int = option(8, "G, responses to one prompt", low=2, high=2**20)
     lr: float = option(5e-4, "learning rate of RL", low=1e-9, high=1)
     warmup: int = option(20, "updates in which it rises to that")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
@@ -67,9 +68,8 @@ class Config:
     rollout_precision: str = option("fp8", "of μ", "fp32", "bf16", "fp8", "int6", "int5", "int4")
     router_noise: float = option(0.0, "s: μ chooses experts by logits with N(0, s²) added", low=0)
     eval_every: int = option(20, "updates between scores")
-    eval_prompts: int = option(512, "held-out prompts in a score", high=2**20)
+    eval_prompts: int = option(512, "fresh prompts in a score", high=2**20)
     head_dim = property(lambda c: c.width // c.heads)
-    context = property(lambda c: c.max_digits + 1 + c.max_response)  # tokens of the longest sequence
 
     def __post_init__(self):
         check_config(self)
@@ -83,7 +83,7 @@ ASK, ANSWER, EOS = (VOCABULARY.index(symbol) for symbol in "=:$")
 SLIP_RATES = {"brief": 0.22, "equation": 0.25, "restating": 0.28}  # of the teachers
 
 def make_prompts(n: int, c: Config, generator: Generator) -> tuple[Tensor, Tensor]:
-    """n right-padded prompts on the CPU: tokens (n, max_digits + 1) and lengths (n,)."""
+    """n prompts on the CPU, right padded with "=": tokens (n, max_digits + 1), lengths (n,)."""
     digits = torch.rand(n, 10, generator=generator).argsort(1)[:, :c.max_digits]
     counts = torch.randint(c.min_digits, c.max_digits + 1, (n, 1), generator=generator)
     tokens = F.pad(digits, (0, 1)).masked_fill(torch.arange(c.max_digits + 1) >= counts, ASK)
@@ -126,16 +126,16 @@ def quantise(x: Tensor, precision: str) -> Tensor:
 
 @dataclass
 class Numerics:
-    """All in which two engines with the same weights differ: rounding, and the choice of experts.
+    """How an engine computes: all in which two of them differ, but for the weights that they hold.
     Of a precision the numbers are modelled, not the speed: products and sums are fp32."""
-    precision: str
+    precision: str  # of projections and experts
     router_noise: float = 0.0
     generator: Generator | None = None  # of the noise
 
     def linear(self, x, weight, ends=None):
-        """x (..., in), weight (out, in) -> (..., out). With weight (E, out, in), expert e has the
-        rows of x before ends[e] that no expert before it has."""
-        if self.precision == "bf16":  # of other engines the weights lie on their grid already
+        """x (..., in), weight (out, in) -> (..., out). With weight (E, out, in) the rows of x are
+        sorted by expert: those of expert e end before row ends[e]."""
+        if self.precision == "bf16":  # for training; an inference engine's weights are rounded
             weight = quantise(weight, "bf16")
         x = quantise(x, self.precision)
         y = F.linear(x, weight) if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
@@ -143,7 +143,7 @@ class Numerics:
 
     def choose_experts(self, router_logits, top_k):
         """(B, T, E) -> ids (B, T, A). Noise stands for other kernels, another precision or another
-        order of sums in the router. It changes the choice alone: gate weights have none of it."""
+        order of sums in the router. It changes the choice alone: the weights have none of it."""
         if self.router_noise:
             noise = torch.randn(router_logits.shape, generator=self.generator, device=DEVICE)
             router_logits = router_logits + self.router_noise * noise
@@ -154,18 +154,18 @@ def rotate(x, angles):
     (a, b), cos, sin = x.chunk(2, -1), angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-norm, linear = partial(nn.RMSNorm, eps=1e-6), partial(nn.Linear, bias=False)
+Norm, Linear = partial(nn.RMSNorm, eps=1e-6), partial(nn.Linear, bias=False)
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.q_proj, self.o_proj = linear(c.width, c.width), linear(c.width, c.width)
-        self.k_proj, self.v_proj = (linear(c.width, c.kv_heads * c.head_dim) for _ in "kv")
-        self.q_norm, self.k_norm, self.head_dim = norm(c.head_dim), norm(c.head_dim), c.head_dim
+        self.q_proj, self.o_proj = Linear(c.width, c.width), Linear(c.width, c.width)
+        self.k_proj, self.v_proj = (Linear(c.width, c.kv_heads * c.head_dim) for _ in "kv")
+        self.q_norm, self.k_norm, self.head_dim = Norm(c.head_dim), Norm(c.head_dim), c.head_dim
 
     def forward(self, x, angles, cache, numerics):
-        """x (B, T, D) -> (B, T, D), causal. x may be the last T of all positions in a cache of keys
-        and values (2, B, kv_heads, positions, head_dim)."""
+        """x (B, T, D) -> (B, T, D), causal: padding at the right needs no mask. x may be the last T
+        of all positions in a cache of keys and values (2, B, kv_heads, positions, head_dim)."""
         q, k, v = (numerics.linear(x, proj.weight).unflatten(-1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, head_dim)
         q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.top_k, self.gate = c.top_k, linear(c.width, c.experts)  # the router, never quantised
+        self.top_k, self.gate = c.top_k, Linear(c.width, c.experts)  # Qwen's name of the router
         self.experts = nn.ParameterDict({  # E SwiGLU networks
             "gate_up_proj": torch.empty(c.experts, 2 * c.expert_width, c.width),
             "down_proj": torch.empty(c.experts, c.width, c.expert_width)})
@@ -189,26 +189,26 @@ class MoE(nn.Module):
         Expert −1 is none: a position that is not fed meets no expert."""
         router_logits = self.gate(x)
         live = numerics.choose_experts(router_logits, self.top_k).masked_fill(~fed[..., None], -1)
-        # All of routing replay: the selection is given, the gate weights stay live, so the router
-        # keeps learning. They come from unmasked logits: a replayed expert has its gradient also
-        # where the router would no longer choose it.
+        # All of routing replay: the experts are given, their weights are not. These are the softmax
+        # of the A experts' own logits, and the router's only gradient: it keeps learning, also
+        # about a replayed expert that it would no longer choose.
         experts = live if replay is None else replay
         weights = router_logits.gather(-1, experts.clamp(min=0)).softmax(-1)
-        # Pairs (token, expert) in the order of experts, so that each expert has one block of rows.
+        # The pairs (token, expert), sorted by expert, so that each expert has one block of rows.
         counts = (experts + 1).flatten().bincount(minlength=router_logits.shape[-1] + 1)
-        pairs = experts.flatten().argsort(stable=True)[counts[0]:]  # without those of −1
+        pairs = experts.flatten().argsort(stable=True)[counts[0]:]  # first come those of −1: none
         ends, token = counts[1:].cumsum(0).to(torch.int32), pairs // self.top_k
-        h = x.flatten(0, 1).index_select(0, token)  # a token is copied for each of its experts
-        gate, up = numerics.linear(h, self.experts.gate_up_proj, ends).chunk(2, -1)
-        h = F.silu(gate) * (up * weights.flatten().index_select(0, pairs)[:, None])
+        h = x.flatten(0, 1).index_select(0, token)  # (pairs, D)
+        a, b = numerics.linear(h, self.experts.gate_up_proj, ends).chunk(2, -1)
+        h = F.silu(a) * (b * weights.flatten().index_select(0, pairs)[:, None])
         h = numerics.linear(h, self.experts.down_proj, ends)
         return torch.zeros_like(x).flatten(0, 1).index_add(0, token, h).view_as(x), live
 
 class Layer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm, self.self_attn = norm(c.width), Attention(c)
-        self.post_attention_layernorm, self.mlp = norm(c.width), MoE(c)
+        self.input_layernorm, self.self_attn = Norm(c.width), Attention(c)
+        self.post_attention_layernorm, self.mlp = Norm(c.width), MoE(c)
 
     def forward(self, x, fed, replay, angles, cache, numerics):
         x = x + self.self_attn(self.input_layernorm(x), angles, cache, numerics)
@@ -222,7 +222,7 @@ class Model(nn.Module):
         self.config, self.numerics = c, Numerics(c.train_precision)
         self.embed_tokens = nn.Embedding(len(VOCABULARY), c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.norm, self.lm_head = norm(c.width), linear(c.width, len(VOCABULARY))
+        self.norm, self.lm_head = Norm(c.width), Linear(c.width, len(VOCABULARY))
         generator = Generator().manual_seed(c.seed)
         for matrix in (p for p in self.parameters() if p.dim() > 1):
             nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5, generator=generator)
@@ -236,11 +236,13 @@ class Model(nn.Module):
         c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
         fed = torch.ones_like(tokens, dtype=torch.bool) if fed is None else fed
         if replay is not None:
+            if replay.shape != (B, T, c.layers, c.top_k):
+                raise ValueError(f"replay has shape {tuple(replay.shape)}")
             ids = replay[fed].sort(-1).values
             bad = (ids[..., 0] < 0) | (ids[..., -1] >= c.experts) | (ids.diff() == 0).any(-1)
-            if bad.any() or replay.shape != (B, T, c.layers, c.top_k):
-                raise ValueError(f"replay of shape {tuple(replay.shape)} lacks a valid route for "
-                                 f"{bad.sum()} of {bad.numel()} (token, layer) pairs")
+            if bad.any():
+                raise ValueError(f"replay lacks a valid route for {bad.sum()} of {bad.numel()} "
+                                 "(token, layer) pairs")
             routes = replay.long().unbind(2)
         start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
         positions = torch.arange(start, start + T, device=DEVICE)[:, None, None]
@@ -265,9 +267,10 @@ class Rollout:
     advantages: Tensor | None = None  # (B,)
     old_logprobs: Tensor | None = None  # (B, T) log π_old; None: π_θ is π_old, with N = 1
     replay: Tensor | None = None  # (B, T, L, A) the experts to train with; None: the live ones
+    next_position = property(lambda r: torch.arange(1, r.tokens.shape[1]).to(r.lengths.device))
     # (B, T) masks: where a token is fed, all but a sequence's last; where a response's is predicted
-    fed = property(lambda r: torch.arange(1, r.tokens.shape[1]).to(r.lengths) < r.lengths[:, None])
-    mask = property(lambda r: r.fed & (r.fed.cumsum(1) >= r.prompt_lengths[:, None]))
+    fed = property(lambda r: r.next_position < r.lengths[:, None])
+    mask = property(lambda r: r.fed & (r.next_position >= r.prompt_lengths[:, None]))
 
     def split(self, size: int) -> list["Rollout"]:
         """Parts of `size` sequences, in order."""
@@ -277,8 +280,8 @@ class Rollout:
 
 class InferenceEngine:
     """The policy as it is sampled: token by token, with a KV cache, numerics of its own, and a copy
-    of the weights as they are now: a weight synchronisation is a new engine. Projections and experts
-    are quantised; router, embedding and head are rounded to bf16 (fp32: nothing is)."""
+    of the weights as they are now: a weight synchronisation is a new engine. Those of projections
+    and experts are quantised, all others rounded to bf16 (fp32: nothing is)."""
     def __init__(self, model: Model, precision: str, router_noise: float = 0.0):
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.numerics = Numerics(precision, router_noise)
@@ -305,7 +308,7 @@ class InferenceEngine:
             if not logprobs.isfinite().all():
                 raise FloatingPointError("log-probabilities of the rollout are not finite")
             sampled = torch.multinomial(logprobs.exp(), 1, generator=generator)
-            responding = (prompt_lengths <= t) & (t < lengths)  # else the prompt has its own token
+            responding = (prompt_lengths <= t) & (t < lengths)  # else a longer prompt goes on
             tokens[:, t] = sampled[:, 0].where(responding, tokens[:, t])
             rollout_logprobs.append(logprobs.gather(1, sampled) * responding[:, None])
             lengths[responding & (tokens[:, t] == eos)] = t + 1
@@ -332,7 +335,7 @@ def entropy(logits, temperature=1.0):
 
 def group_advantages(rewards, group_size):
     """Reward minus the mean of its group of G, not divided by their deviation: (B,) -> (B,).
-    Being in its own mean leaves a response 1 - 1/G of its gradient."""
+    The mean includes the response itself, which shrinks its gradient by 1 - 1/G."""
     means = reduce(rewards, "(p g) -> p", "mean", g=group_size)
     return rewards - means.repeat_interleave(group_size)
 
@@ -393,7 +396,8 @@ def routing_agreement(routing, other, mask):
 
 # --------------------------------------------------------------------------------- 6 Training
 def policy(model, batch: Rollout):
-    """π on a batch -> logprobs (B, T), entropies (B, T), live routing (B, T, L, A)."""
+    """π on a batch -> logprobs (B, T), entropies (B, T), routing (B, T, L, A): what each layer
+    would choose, under replay on top of layers that were told."""
     logits, routing = model(batch.tokens[:, :-1], batch.replay, batch.fed)
     logprobs = token_logprobs(logits, batch.tokens[:, 1:], model.config.temperature)
     return logprobs, entropy(logits.detach(), model.config.temperature), routing
@@ -406,8 +410,8 @@ def prepare_batch(model, batch: Rollout) -> Rollout:
         batch = replace(batch, replay=batch.routing)
     if c.mini_batches == 1:  # π_θ will be π_old, and R2 is none: both use their own experts
         return batch
-    # The clip gate asks what updates changed, so π_old is the training engine's, and in the parts
-    # of the updates: sums in another order could already choose another expert.
+    # π_old is the training engine's: the clip gate shall see only what updates changed. It is made
+    # one mini-batch at a time, as π_θ will be: in another shape rounding could flip an expert.
     parts = [policy(model, mini_batch) for mini_batch in batch.split(c.mini_batch)]
     logprobs, _, routing = (torch.cat(part) for part in zip(*parts))
     return replace(batch, old_logprobs=logprobs,
@@ -423,9 +427,9 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
                          n_sequences=len(mask), n_tokens=int(mask.sum()))
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(f"loss {loss:.3g}, gradient norm {norm:.3g}")
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not (loss.isfinite() and grad_norm.isfinite()):
+        raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
     optimizer.step()
     metrics = dict(
         reward=batch.rewards.mean(), extreme_token_fraction=extreme_token_fraction(old, mu, mask),
@@ -433,7 +437,7 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
         effective_sample_size=effective_sample_size(logprobs - mu, mask),
         routing_agreement=routing_agreement(routing, batch.routing, batch.fed),
         clip_fraction=1 - gate[mask].double().mean(), entropy=entropies[mask].mean(),
-        response_length=(batch.lengths - batch.prompt_lengths).double().mean(), grad_norm=norm)
+        response_length=(batch.lengths - batch.prompt_lengths).double().mean(), grad_norm=grad_norm)
     return {name: value.tolist() for name, value in metrics.items()}
 
 def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
@@ -445,8 +449,8 @@ def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
 
 @torch.no_grad()
 def evaluate(model: Model) -> tuple[dict, Rollout]:
-    """One response to each held-out prompt -> metrics, the responses of the inference engine.
-    score: of the training engine. engine_score: of the inference engine, which is deployed.
+    """One response to each of fresh prompts -> metrics, the responses of the inference engine.
+    score: in training precision. engine_score: of the inference engine, which is deployed.
     routing_share: what part of their gap replay can close, 1 - KL(μ‖π with the experts of μ) /
     KL(μ‖π with its own); None where there is no gap."""
     c = model.config
@@ -471,7 +475,7 @@ def cold_start(c: Config) -> Model:
         loss = -policy(model, batch)[0][batch.mask].mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model
 
@@ -524,7 +528,7 @@ def draw(rows: list[dict], path: Path):
     """The curves of a run."""
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
     figure, buffer = Figure(figsize=(12, 6), layout="constrained"), io.BytesIO()
-    panels = {"score on held-out prompts": ("score", "engine_score"), "training reward": ("reward",),
+    panels = {"score on fresh prompts": ("score", "engine_score"), "training reward": ("reward",),
               "KL(μ_old‖π_old), between engines": ("mismatch_kl",), "entropy of π_θ": ("entropy",),
               "KL(π_old‖π_θ), stale weights": ("staleness_kl",),
               "same experts in π_θ and μ, by layer": ("routing_agreement",)}
@@ -566,12 +570,12 @@ def train(c: Config, state: dict | None = None, **functions):
     finally:
         bar.close()
         draw(rows, folder / "curves.png")
-    _, samples = evaluate(model)
+    scores, samples = evaluate(model)
     for tokens, n, reward in list(zip(samples.tokens, samples.lengths, samples.rewards))[:3]:
         print(f"reward {reward:.0f}: {' '.join(VOCABULARY[token] for token in tokens[:n])}")
-    for row in rows[0], rows[-1]:
-        print(f"after {row['update']} updates: score {row['score']:.3f} in the training engine, "
-              f"{row['engine_score']:.3f} in the inference engine")
+    for when, row in ("before", rows[0]), ("after", scores):
+        print(f"{when} RL: score {row['score']:.3f} in training precision, "
+              f"{row['engine_score']:.3f} of the inference engine")
     print(f"{folder}/curves.png has the curves, metrics.jsonl beside it the numbers")
 
 def check(c, name: str, fine: bool, remedy: str):

@@ -26,7 +26,7 @@ def transformers_twin(model: nano.Model):
         num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_width,
         norm_topk_prob=True,  # transformers' default is False
         tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=c.context, bos_token_id=None, eos_token_id=nano.EOS,
+        max_position_embeddings=c.max_digits + 1 + c.max_response, bos_token_id=None, eos_token_id=nano.EOS,
         pad_token_id=nano.EOS))
     weights = {("" if name.startswith("lm_head") else "model.") + name: weight.cpu()
                for name, weight in model.state_dict().items()}
