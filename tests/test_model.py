@@ -128,7 +128,7 @@ def test_experts_that_nobody_chose_do_no_work(config, model):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda r: r[:, :, :-1], "24, 28, 2, 2"),
+    (lambda r: r[:, :, :-1], "24, 2[0-9], 2, 2"),
     (lambda r: r.index_fill(1, torch.tensor([0]), -1), "lacks a valid route for"),
     (lambda r: r.where(r != 0, 99), "lacks a valid route for"),
     (lambda r: r[..., :1].expand_as(r), "lacks a valid route for"),
