@@ -13,65 +13,44 @@ import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nano_moe_rl import DEVICE, command_line, group_advantages
+from nano_moe_rl import Rollout, command_line, group_advantages
 from scaled import checkpoint
-from scaled.batches import prompts_of_engine, rows_of_rank, take
+from scaled.batches import rows_of_rank, take
 from scaled.config import Config, read_config
-from scaled.metrics import Sums, missing_routes, peak_memory
+from scaled.log import Log
+from scaled.metrics import batch_metrics, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
 from scaled.run import Run
 from scaled.trainer import prepare_batch, train_step
 
-HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
-ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
-       "{clip_fraction:7.4f} {agreed:6.3f} {rollout_seconds:7.1f} {train_seconds:5.1f} "
-       "{sync_seconds:4.1f}")  # seconds an update
-
 
 def train_batch(run: Run) -> list[dict]:
     """One rollout batch and its N updates -> N rows of metrics. prompts → rollout → reward →
     advantage → routing → log-probabilities → loss → step; the caller syncs the weights."""
-    c, n_prompts, phases = run.c, run.c.prompts * run.c.mini_batches, run.phases
-    taken = run.order.take(run.version * c.prompts, n_prompts)
-    mine = prompts_of_engine(n_prompts, c.prompts, WORLD // c.tensor_parallel, run.engine_index)
-    prompts = [run.prompts[taken[i]] for i in mine]
-    with phases("rollout"):
-        batch = run.generate(prompts, c.group_size, run.version)
-        run.engine.sleep()
-        run.move_trainer(DEVICE)
+    c = run.c
+    batch = run.rollout()
     batch = replace(batch, advantages=group_advantages(batch.rewards, c.group_size))
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))
-    counted = Sums()
-    cut = batch.lengths - batch.prompt_lengths == c.max_response
-    ended = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
-    cut &= ~torch.isin(ended, torch.tensor(run.engine.eos))
-    counted.add("truncation_rate", cut.double().mean(), len(cut))
-    counted.add("tokens", batch.lengths.double().mean(), len(cut))
-    counted.add("missing_routes", missing_routes(batch), 1)
-    for name, count in take_counts(run.reward).items():
-        counted.add(f"reward_{name}", count, 1)
-    with phases("old"):
+    shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward))
+    with run.phases("old"):
         batch = prepare_batch(run.policy, batch, c)
-    rows = []
-    for part in batch.split(len(batch.tokens) // c.mini_batches):
-        lr = c.lr * min(1, (run.version + 1) / c.warmup)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        with phases("train"):
-            metrics = train_step(run.policy, run.optimizer, part, c)
-        run.version += 1
-        rows.append({"update": run.version, "score": None, "score_errors": None, "lr": lr} | metrics)
-        phases.bar.update()
-    shared = counted.means()
-    run.tokens = shared.pop("tokens") * c.group_size * n_prompts
-    for name in ("missing_routes", "reward_errors", "reward_timeouts"):
-        shared[name] = int(round(shared[name] * WORLD))
-    return [row | shared for row in rows]
+    return [update(run, part) | shared for part in batch.split(len(batch.tokens) // c.mini_batches)]
+
+
+def update(run: Run, part: Rollout) -> dict:
+    """One update at the learning rate of its turn -> a row of metrics."""
+    c, lr = run.c, run.c.lr * min(1, (run.version + 1) / run.c.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    with run.phases("train"):
+        metrics = train_step(run.policy, run.optimizer, part, c)
+    run.version += 1
+    run.phases.bar.update()
+    return {"update": run.version, "score": None, "score_errors": None, "lr": lr} | metrics
 
 
 def learn(run: Run):
@@ -81,57 +60,44 @@ def learn(run: Run):
         rows = train_batch(run)
         with run.phases("sync"):
             run.sync()
-        seconds, run.phases.seconds = run.phases.seconds, {}
-        seconds["rollout"] -= seconds["reward"]  # which is inside it
-        total, memory = sum(seconds.values()), peak_memory(run.engine_bytes)
+        spent = cost(run)
         for row in rows:
-            row["seconds"] = total / c.mini_batches
-            row["tokens_per_second_per_device"] = run.tokens / total / WORLD
-            row["peak_memory_gib"] = memory
-            row |= {f"{name}_seconds": s / c.mini_batches for name, s in seconds.items()}
+            row |= spent | {"tokens_per_second_per_device": row.pop("tokens") / WORLD / (
+                spent["seconds"] * c.mini_batches)}
         if run.version % c.eval_every < c.mini_batches or run.version >= c.updates:
             rows[-1] |= run.evaluate()
             run.phases.seconds = {}
         yield rows
 
 
+def cost(run: Run) -> dict:
+    """Seconds an update of the rollout batch that ends here, by phase, and memory."""
+    seconds, run.phases.seconds = run.phases.seconds, {}
+    seconds["rollout"] -= seconds["reward"]  # which is inside it
+    return {"seconds": sum(seconds.values()) / run.c.mini_batches,
+            "peak_memory_gib": peak_memory(run.engine_bytes)} | {
+        f"{name}_seconds": s / run.c.mini_batches for name, s in seconds.items()}
+
+
 def train(run: Run, resume: bool):
     """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for."""
-    c = run.c
-    folder, log = run.folder, run.folder / "metrics.jsonl"
-    writer = None
+    c, folder, rows = run.c, run.folder, []
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
-        lines = log.read_text().splitlines()[:run.version] if resume else []
-        log.write_text("".join(line + "\n" for line in lines))  # what the checkpoint has seen
-        if c.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
+        if resume:  # what the checkpoint has seen
+            rows = (folder / "metrics.jsonl").read_text().splitlines()[:run.version]
+    log = Log(folder, run.phases.bar, rows=rows, tensorboard=c.tensorboard, silent=RANK > 0)
     run.sync()
-    score = run.evaluate()["score"]
+    log.begin(run.version, run.evaluate()["score"])
     run.phases.seconds = {}
-    if RANK == 0:
-        before = "" if score is None else f": score {score:.3f} before update {run.version + 1}"
-        print(f"{folder}{before}\n{HEADER}", flush=True)
     saved = run.version
     for rows in learn(run):
-        if RANK == 0:
-            with open(log, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            for row in rows:
-                text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
-                        "agreed": sum(row["routing_agreement"]) / len(row["routing_agreement"])}
-                run.phases.bar.write(ROW.format(**row | text))
-                for name, value in row.items() if writer else ():
-                    if isinstance(value, (int, float)):
-                        writer.add_scalar(name, value, row["update"])
+        log.add(rows)
         if run.version - saved >= c.checkpoint_every or run.version >= c.updates:
             checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep)
             saved = run.version
-    run.phases.bar.close()
-    if writer:
-        writer.close()
+    log.close()
 
 
 def check_folder(c: Config, resume: bool):

@@ -28,8 +28,8 @@ def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
 
 
 def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
-    """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine samples,
-    and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
+    """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine
+    samples, and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
     policy.to(device)  # the parameters stay the objects that FSDP and the optimiser hold
     for state in optimizer.state.values():
         state |= {name: x.to(device) for name, x in state.items() if isinstance(x, Tensor)}
@@ -37,8 +37,8 @@ def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
 
 
 def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
-    """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards and
-    advantages are there already. ValueError if a real token has no route to replay."""
+    """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards
+    and advantages are there already. ValueError if a real token has no route to replay."""
     batch = replace(rollout)
     if c.replay == "R3":
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
@@ -89,4 +89,4 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
         raise FloatingPointError(f"loss {loss_sum:.3g}, gradient norm {norm:.3g}")
     optimizer.step()
     optimizer.zero_grad()  # here, so that no gradients take up memory during the next rollout
-    return sums.means() | {"loss": loss_sum.item(), "grad_norm": norm.item()}
+    return sums.over_ranks() | {"loss": loss_sum.item(), "grad_norm": norm.item()}

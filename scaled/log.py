@@ -1,0 +1,57 @@
+"""What a run says while it trains: metrics.jsonl, a row an update on the console, event files."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
+ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
+       "{clip_fraction:7.4f} {agreed:6.3f} {rollout_seconds:7.1f} {train_seconds:5.1f} "
+       "{sync_seconds:4.1f}")  # seconds an update
+
+
+def scalars(row: dict) -> dict:
+    """Numbers of a row by name; a list, as routing_agreement has one number a layer, by its parts."""
+    numbers = {}
+    for name, value in row.items():
+        parts = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {
+            name: value}
+        numbers |= {key: x for key, x in parts.items() if isinstance(x, (int, float))}
+    return numbers
+
+
+class Log:
+    """Of rank 0; on the others it does nothing. `rows`, lines of metrics.jsonl, come from a
+    checkpoint: those after it were of updates that are made again."""
+
+    def __init__(self, folder: Path, bar: tqdm, *, rows: list[str], tensorboard: bool, silent: bool):
+        self.folder, self.bar, self.silent, self.writer = folder, bar, silent, None
+        if silent:
+            return
+        (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(folder)
+
+    def begin(self, version: int, score: float | None):
+        if not self.silent:
+            before = "" if score is None else f": score {score:.3f} before update {version + 1}"
+            print(f"{self.folder}{before}\n{HEADER}", flush=True)
+
+    def add(self, rows: list[dict]):
+        if self.silent:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
+                    "agreed": sum(row["routing_agreement"]) / len(row["routing_agreement"])}
+            self.bar.write(ROW.format(**row | text))
+            for name, value in scalars(row).items() if self.writer else ():
+                self.writer.add_scalar(name, value, row["update"])
+
+    def close(self):
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
