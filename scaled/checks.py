@@ -1,5 +1,7 @@
 """What options, checkpoint and data can be wrong about, found before anything is loaded."""
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
+from scaled.huggingface import check_weights
 from scaled.replay import route_shape
 from scaled.rewards import Score, load_reward
 from scaled.rollout import check_vllm
@@ -39,17 +42,35 @@ def read_material(c: Config) -> Material:
 
 
 def read_tokenizer(c: Config) -> PreTrainedTokenizerBase:
-    """The checkpoint's, after its configuration has been found fit for the options."""
-    if not Path(c.checkpoint, "config.json").is_file():
-        raise ValueError(f"--checkpoint {c.checkpoint}: has no config.json; give the folder of "
-                         "a Hugging Face checkpoint")
-    trust = dict(trust_remote_code=c.trust_remote_code)
-    config = AutoConfig.from_pretrained(c.checkpoint, **trust)
+    """The checkpoint's, after all of its files have been found whole, of one model, and fit for the
+    options. Of the weights only headers are read: whether one is NaN the first rollout says."""
+    folder, trust = Path(c.checkpoint), dict(trust_remote_code=c.trust_remote_code)
+    if not os.path.isfile(folder / "config.json"):
+        raise ValueError(f"--checkpoint {folder}: has no config.json; give the folder of a "
+                         "Hugging Face checkpoint")
+    with refusing(f"--checkpoint {folder}: its configuration cannot be used"):
+        config = AutoConfig.from_pretrained(folder, **trust)
     route_shape(config)  # refuses what cannot replay
     context = config.get_text_config().max_position_embeddings
     if c.max_length > context:
         raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
                          f"exceeds the checkpoint's context of {context} tokens; give less")
-    tokenizer = AutoTokenizer.from_pretrained(c.checkpoint, **trust)
-    end_tokens(c.checkpoint, c.trust_remote_code)
+    with refusing(f"--checkpoint {folder}: its weights cannot be used"):
+        check_weights(folder, config, **trust)
+    with refusing(f"--checkpoint {folder}: its tokenizer cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what a class has by default
+            raise ValueError("it has no vocabulary: its files are missing")
+    with refusing(f"--checkpoint {folder}: its end tokens cannot be read"):
+        end_tokens(c.checkpoint, c.trust_remote_code)
     return tokenizer
+
+
+@contextmanager
+def refusing(what: str):
+    """ValueError, one line, for whatever a library raises over a file that is damaged."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{what}: {text[:300] or type(error).__name__}") from error
