@@ -1,9 +1,13 @@
 """What a run says while it trains: metrics.jsonl, a row an update on the console, event files."""
 
 import json
+import math
 from pathlib import Path
+from statistics import mean
 
 from tqdm import tqdm
+
+from scaled.folder import write_aside
 
 HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
 ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
@@ -12,27 +16,28 @@ ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {s
 
 
 def scalars(row: dict) -> dict:
-    """Numbers of a row by name; a list, as routing_agreement has one number a layer, by its parts."""
+    """Numbers of a row by name; those of a list, as routing_agreement's a layer, by place too."""
     numbers = {}
     for name, value in row.items():
-        parts = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {
-            name: value}
+        parts = {name: value}
+        if isinstance(value, list):
+            parts = {f"{name}/{place}": x for place, x in enumerate(value)}
         numbers |= {key: x for key, x in parts.items() if isinstance(x, (int, float))}
     return numbers
 
 
 class Log:
-    """Of rank 0; on the others it does nothing. `rows`, lines of metrics.jsonl, come from a
-    checkpoint: those after it were of updates that are made again."""
+    """Of rank 0; on the others it does nothing. `lines` are those of a checkpoint: what came after
+    it in metrics.jsonl was of updates that are made again."""
 
-    def __init__(self, folder: Path, bar: tqdm, *, rows: list[str], tensorboard: bool, silent: bool):
+    def __init__(self, folder: Path, bar: tqdm, lines: str, tensorboard: bool, silent: bool):
         self.folder, self.bar, self.silent, self.writer = folder, bar, silent, None
         if silent:
             return
-        (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
+        write_aside(folder / "metrics.jsonl", lines)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(folder)
+            self.writer = SummaryWriter(folder, purge_step=len(lines.splitlines()) + 1)
 
     def begin(self, version: int, score: float | None):
         if not self.silent:
@@ -46,7 +51,7 @@ class Log:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
-                    "agreed": sum(row["routing_agreement"]) / len(row["routing_agreement"])}
+                    "agreed": mean(row["routing_agreement"] or [math.nan])}
             self.bar.write(ROW.format(**row | text))
             for name, value in scalars(row).items() if self.writer else ():
                 self.writer.add_scalar(name, value, row["update"])

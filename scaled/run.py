@@ -1,5 +1,6 @@
 """What a run consists of, made once: data, reward, inference engine, policy, optimiser."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -45,17 +46,24 @@ def make_trainer(c: Config) -> tuple[Policy, torch.optim.Optimizer]:
 class Run:
     """What a run needs, in the order in which it can be made:
 
-    1. the material, so that all refusals come before anything is loaded;
+    1. the checkpoint to resume from and the material: refusals come before anything is loaded;
     2. the engine, while the GPU is empty, and what it says of fixed tokens;
     3. the trainer, while the engine sleeps, and the check of one against the other: the measure for
        all syncs, for which both need the weights of the folder;
-    4. a checkpoint of the run over the trainer's weights; the first sync takes them to the engine.
+    4. that checkpoint, over the trainer's weights; the first sync takes them to the engine.
 
     ValueError for what options, data and checkpoint do not permit; nothing is written but the
     checkpoint of a cold start."""
 
     def __init__(self, c: Config, resume: bool):
         self.c, self.folder, self.engine_index = c, Path("runs", c.name), RANK // c.tensor_parallel
+        if resume:
+            newest, line = checkpoint.newest_whole(
+                checkpoint.checkpoints(self.folder))
+            if line and RANK == 0:
+                print(f"scaled: {line}", file=sys.stderr, flush=True)
+            if checkpoint.version_of(newest) >= c.updates:
+                raise ValueError(f"--updates {c.updates}: {newest} has them already; give more")
         if c.nano_cold_start:
             if RANK == 0:
                 export_cold_start(Path(c.checkpoint), c.seed)
@@ -76,16 +84,16 @@ class Run:
         if scored:
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
 
-        self.version = 0
+        self.version, self.lines = 0, ""  # of metrics.jsonl
         if resume:
-            newest = checkpoint.checkpoints(self.folder)[-1]
             self.version = checkpoint.load(newest, self.policy, self.optimizer)
+            self.lines = (newest / "metrics.jsonl").read_text()
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)
 
     def move_trainer(self, device: str):
-        """Out of the engine's way, or back; with cpu_offload FSDP itself keeps it in host memory."""
+        """From the engine's way, or back; with cpu_offload FSDP keeps it in host memory itself."""
         if not self.c.cpu_offload:
             move(self.policy, self.optimizer, device)
 

@@ -1,24 +1,23 @@
 """Reinforcement learning on a real MoE checkpoint: the loop of nano_moe_rl.py over many processes.
 
     torchrun --nproc-per-node 2 -m scaled.train --config scaled/configs/laptop.toml
-    torchrun --nproc-per-node 2 -m scaled.train --config scaled/configs/laptop.toml --resume
+    torchrun --nproc-per-node 2 -m scaled.train --resume laptop
 
 Every process is a rank of FSDP2, which trains, and of a vLLM engine, which samples. Options on the
-command line go over those of the file.
+command line go over those of the file, or of the run that is resumed.
 """
 
 import json
 import sys
-import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-
-from torch.distributed.checkpoint.api import CheckpointException
 
 from nano_moe_rl import Rollout, command_line, group_advantages
 from scaled import checkpoint
 from scaled.batches import rows_of_rank, take
 from scaled.config import Config, read_config
+from scaled.folder import Claim, check_folder, resumed_config, write_aside
 from scaled.log import Log
 from scaled.metrics import batch_metrics, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
@@ -50,13 +49,15 @@ def update(run: Run, part: Rollout) -> dict:
         metrics = train_step(run.policy, run.optimizer, part, c)
     run.version += 1
     run.phases.bar.update()
-    return {"update": run.version, "score": None, "score_errors": None, "lr": lr} | metrics
+    return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
+            "routing_agreement": None} | metrics
 
 
-def learn(run: Run):
-    """RL until `updates`, from weights that the engine has. Yields the rows of each rollout batch."""
+def learn(run: Run, stop: Callable[[], bool]) -> Iterator[list[dict]]:
+    """RL until `updates` or a stop, from weights that the engine has. Yields the rows of each
+    rollout batch. stop is a collective."""
     c = run.c
-    while run.version < c.updates:
+    while run.version < c.updates and not stop():
         rows = train_batch(run)
         with run.phases("sync"):
             run.sync()
@@ -79,77 +80,72 @@ def cost(run: Run) -> dict:
         f"{name}_seconds": s / run.c.mini_batches for name, s in seconds.items()}
 
 
-def train(run: Run, resume: bool):
-    """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for."""
-    c, folder, rows = run.c, run.folder, []
+def train(run: Run, stop: Callable[[], bool]):
+    """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for.
+    One that is stopped is saved."""
+    c, folder = run.c, run.folder
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
-        if resume:  # what the checkpoint has seen
-            rows = (folder / "metrics.jsonl").read_text().splitlines()[:run.version]
-    log = Log(folder, run.phases.bar, rows=rows, tensorboard=c.tensorboard, silent=RANK > 0)
+        write_aside(folder / "config.json", json.dumps(asdict(c), indent=2))
+        checkpoint.set_aside(folder, run.version)
+    log = Log(folder, run.phases.bar, lines=run.lines, tensorboard=c.tensorboard, silent=RANK > 0)
     run.sync()
     log.begin(run.version, run.evaluate()["score"])
     run.phases.seconds = {}
     saved = run.version
-    for rows in learn(run):
+
+    def save():
+        checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep)
+
+    for rows in learn(run, stop):
         log.add(rows)
         if run.version - saved >= c.checkpoint_every or run.version >= c.updates:
-            checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep)
+            save()
             saved = run.version
+    if saved < run.version or not run.version:  # stopped, perhaps before the first update
+        save()
     log.close()
-
-
-def check_folder(c: Config, resume: bool):
-    """ValueError if runs/NAME cannot take a new run, or has nothing to resume with these options."""
-    folder = Path("runs", c.name)
-    saved = checkpoint.checkpoints(folder)
-    if not resume and (folder / "config.json").exists():
-        raise ValueError(f"--name {c.name}: is taken; give another, or " + (
-            "--resume" if saved else f"remove {folder}: it has no checkpoint"))
-    if resume and not saved:
-        raise ValueError(f"--resume: {folder} has no checkpoint; start without it")
-    if resume:
-        before = json.loads((folder / "config.json").read_text())
-        changed = [name for name, value in asdict(c).items()
-                   if name != "updates" and before.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume: {', '.join(changed)} differ from {folder}/config.json; "
-                             "only updates can change")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for a run that failed, 2 for one that was refused. torchrun makes both 1."""
     parser = command_line(Config, __doc__.split("\n")[0])
     parser.error = refuse
-    parser.add_argument("--config", metavar="FILE", required=True, help="TOML file of options")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of options, for a new run")
+    parser.add_argument("--resume", metavar="NAME", help="go on from runs/NAME's newest checkpoint")
     given = vars(parser.parse_args(argv))
-    path, resume = given.pop("config"), given.pop("resume", False)
+    path, resume = given.pop("config", None), given.pop("resume", None)
     try:
-        c = read_config(path, given)
+        if (path is None) == (resume is None):
+            raise ValueError("give --config FILE for a new run, or --resume NAME, which has its "
+                             "options already")
+        c = read_config(path, given) if path is not None else resumed_config(resume, given)
         c.check_processes(WORLD)
-        check_folder(c, resume)
+        check_folder(folder := Path("runs", c.name), resume is not None)
     except ValueError as error:
         refuse(str(error))
-    ranks = Ranks()
+    ranks = Ranks(f"; --resume {c.name} goes on from its newest checkpoint, if it has one")
     try:
-        run = Run(c, resume)
+        if RANK == 0:
+            ranks.leave = Claim(folder, resume is not None).give_up
+        run = Run(c, resume is not None)
     except ValueError as error:  # of what was asked
         ranks.fail(str(error), code=2)
-    except Exception as error:
-        traceback.print_exc()
-        ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", code=1)
+    except BaseException as error:  # also SystemExit, of a reward's code
+        ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", 1, error)
     try:
-        train(run, resume)
-    except KeyboardInterrupt:
-        ranks.fail("stopped by Ctrl-C; --resume goes on from the newest checkpoint", code=130)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        traceback.print_exc()
-        ranks.fail(f"rank {RANK} at update {run.version}: {type(error).__name__}: {error}", code=1)
+        ranks.patient = True
+        train(run, ranks.stop_asked)
+    except (OSError, FloatingPointError) as error:  # say it themselves: a full disk, a loss of NaN
+        ranks.fail(f"rank {RANK} at update {run.version}: {error}{ranks.remedy}", 1)
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        ranks.fail(f"rank {RANK} at update {run.version}: {what}", 1, error)
     if RANK == 0:
-        print(f"runs/{c.name}/metrics.jsonl has the numbers; python -m scaled.export runs/{c.name} "
-              "DIR makes a Hugging Face folder of the policy")
+        if run.version < c.updates:
+            print(f"stopped by SIGTERM after update {run.version} of {c.updates}; "
+                  f"--resume {c.name} goes on")
+        print(f"{folder}/metrics.jsonl has the numbers; python -m scaled.export {folder} DIR makes "
+              "a Hugging Face folder of the policy")
     ranks.end()
     return 0
 
