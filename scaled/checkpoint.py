@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from scaled.policy import Policy
 
 FILES = "files.json"
-KEPT = "config.json", "metrics.jsonl"  # copied from the run's folder
+OPTIONS, ROWS = "config.json", "metrics.jsonl"
 # torch keeps its table of contents as a pickle, a program that can call whatever it names. These
 # are all that one of a run names; none does more than to hold values.
 HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
@@ -78,11 +78,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version: int, keep: int):
+def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version: int, keep: int,
+         texts: dict[str, str]):
     """Writes folder/update-VERSION aside and renames it when all ranks are done, then removes all
-    but the newest `keep`. A collective. The version is all the state there is beside weights and
-    optimiser: prompts, samples and the learning rate follow from it and the seed. OSError if it
-    cannot be written: what was there before is still there, the attempt is not."""
+    but the newest `keep`. texts, of rank 0: what OPTIONS and ROWS have. A collective. The version
+    is all the state there is beside weights and optimiser: prompts, samples and the learning rate
+    follow from it and the seed. OSError if it cannot be written: what was there before is still
+    there, the attempt is not."""
     model, optim = get_state_dict(policy, optimizer)
     target, rank = folder / f"update-{version:06}", dist.get_rank()
     aside = folder / f".{target.name}"
@@ -93,9 +95,9 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version
         dcp.save({"model": model, "optimizer": optim, "version": version}, checkpoint_id=aside)
         mine = [*aside.glob(f"__{rank}_*")]
         if rank == 0:
-            for name in KEPT:
-                shutil.copyfile(folder / name, aside / name)
-            mine += [aside / name for name in (".metadata", *KEPT)]
+            for name in (OPTIONS, ROWS):
+                (aside / name).write_text(texts[name])
+            mine += [aside / name for name in (".metadata", OPTIONS, ROWS)]
         digests = [None] * dist.get_world_size()
         dist.all_gather_object(digests, {path.name: digest(path) for path in mine})
         if rank == 0:
@@ -146,8 +148,7 @@ def read_digests(path: Path) -> dict[str, str]:
         digests = json.loads((path / FILES).read_text())
     except ValueError as error:
         raise ValueError(f"{FILES} is not JSON: {error}") from None
-    wanted = {".metadata", *KEPT}
-    if not isinstance(digests, dict) or not wanted < digests.keys():
+    if not isinstance(digests, dict) or not {".metadata", OPTIONS, ROWS} < digests.keys():
         raise ValueError(f"{FILES} does not list the files of a checkpoint")
     return digests
 
@@ -179,9 +180,9 @@ def options(folder: Path) -> dict:
     reasons = []
     for path in reversed(checkpoints(folder)):
         try:
-            if digest(path / KEPT[0]) == read_digests(path)[KEPT[0]]:
-                return json.loads((path / KEPT[0]).read_text())
-            reasons.append(f"{path.name}/{KEPT[0]} is not as it was written")
+            if digest(path / OPTIONS) == read_digests(path)[OPTIONS]:
+                return json.loads((path / OPTIONS).read_text())
+            reasons.append(f"{path.name}/{OPTIONS} is not as it was written")
         except (OSError, ValueError) as error:
             reasons.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
     raise ValueError(f"{folder} has no checkpoint that is whole ({'; '.join(reasons)})"

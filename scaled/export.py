@@ -111,7 +111,7 @@ def export_scaled(found: list[Path], folder: Path) -> int:
     path, line = checkpoint.newest_whole(found)
     if line and RANK == 0:
         print(f"scaled: {line}", file=sys.stderr)
-    options = json.loads((path / "config.json").read_text())
+    options = json.loads((path / checkpoint.OPTIONS).read_text())
     trust = dict(trust_remote_code=options["trust_remote_code"])
     policy = load_policy(options["checkpoint"], precision="fp32", logits_bytes=1,
                          gradient_checkpointing=False, cpu_offload=options["cpu_offload"],

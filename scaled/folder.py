@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,8 +15,18 @@ LOCK = ".lock"
 def write_aside(path: Path, text: str):
     """The file has the old text or the new one, whatever cuts this short."""
     aside = path.with_name(f".{path.name}")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with naming(path):
+        aside.write_text(text)
+        os.replace(aside, path)
+
+
+@contextmanager
+def naming(path: Path):
+    """An OSError names the file: that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from error
 
 
 def check_folder(folder: Path, resume: bool):

@@ -7,7 +7,8 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from scaled.folder import write_aside
+from scaled import checkpoint
+from scaled.folder import naming, write_aside
 
 HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
 ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
@@ -32,9 +33,10 @@ class Log:
 
     def __init__(self, folder: Path, bar: tqdm, lines: str, tensorboard: bool, silent: bool):
         self.folder, self.bar, self.silent, self.writer = folder, bar, silent, None
+        self.path, self.lines = folder / checkpoint.ROWS, lines
         if silent:
             return
-        write_aside(folder / "metrics.jsonl", lines)
+        write_aside(self.path, lines)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(folder, purge_step=len(lines.splitlines()) + 1)
@@ -47,14 +49,21 @@ class Log:
     def add(self, rows: list[dict]):
         if self.silent:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        new = "".join(json.dumps(row) + "\n" for row in rows)
+        self.lines += new
+        if self.path.exists():
+            with naming(self.path), open(self.path, "a") as file:
+                file.write(new)
+        else:  # somebody removed it
+            write_aside(self.path, self.lines)
         for row in rows:
             text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
                     "agreed": mean(row["routing_agreement"] or [math.nan])}
             self.bar.write(ROW.format(**row | text))
             for name, value in scalars(row).items() if self.writer else ():
                 self.writer.add_scalar(name, value, row["update"])
+        if self.writer:
+            self.writer.flush()  # a run can end without a chance to
 
     def close(self):
         self.bar.close()

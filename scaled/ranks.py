@@ -18,7 +18,9 @@ from nano_moe_rl import DEVICE
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TIMEOUT = timedelta(hours=1)  # of a collective; others may be grading long responses
 POLL = 0.5  # seconds between two looks at whether another rank has failed, and two signs of life
-SILENCE = 12.0  # seconds without a sign of life, after which a rank is taken to have ended
+# Seconds without a sign of life, after which a rank is taken to have ended: when there is reason to
+# think so, and when there is none but that NCCL, unlike gloo, would never tell.
+SILENCE, LOST = 12.0, 600.0
 
 
 def refuse(message: str):
@@ -41,7 +43,7 @@ class Ranks:
         self.remedy, self.over = remedy, False
         self.patient = self.stopping = False  # whether somebody asks stop_asked; SIGTERM has come
         self.leave = lambda: None  # what is to be done before this process ends
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception would wait for a meeting
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it in the middle of a meeting, too
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -84,7 +86,8 @@ class Ranks:
                         self._announce(f"143 stopped by SIGTERM{self.remedy}")
                     self.stopping |= number == signal.SIGTERM
                 # torchrun sends SIGTERM also when a rank has died: it will never get to the end
-                if self.stopping and (gone := self._gone(seen)):
+                limit = SILENCE if self.stopping else LOST
+                if (self.stopping or RANK < 2) and (gone := self._gone(seen, limit)):
                     self._announce(f"1 {self._obituary(gone)}")
                 if self.launcher and os.getppid() != self.launcher:
                     raise RuntimeError("no launcher")
@@ -105,13 +108,13 @@ class Ranks:
         ready, _, _ = select.select([self.signals], [], [], POLL)
         return self.signals.recv(64) if ready else b""
 
-    def _gone(self, seen: dict[int, tuple[int, float]]) -> list[int]:
-        """Ranks without a sign of life for SILENCE seconds; `seen` is what earlier calls saw."""
+    def _gone(self, seen: dict[int, tuple[int, float]], limit: float) -> list[int]:
+        """Ranks without a sign of life for so many seconds; `seen` is what earlier calls saw."""
         now = time.monotonic()
         for rank, signs in enumerate(self._signs()):
             if rank not in seen or seen[rank][0] != signs:
                 seen[rank] = signs, now
-        return [rank for rank, (_, since) in seen.items() if now - since > SILENCE]
+        return [rank for rank, (_, since) in seen.items() if now - since > limit]
 
     def _obituary(self, gone: list[int]) -> str:
         return (f"rank {', '.join(map(str, gone))} ended without a word: killed, perhaps for "

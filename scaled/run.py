@@ -87,7 +87,7 @@ class Run:
         self.version, self.lines = 0, ""  # of metrics.jsonl
         if resume:
             self.version = checkpoint.load(newest, self.policy, self.optimizer)
-            self.lines = (newest / "metrics.jsonl").read_text()
+            self.lines = (newest / checkpoint.ROWS).read_text()
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)

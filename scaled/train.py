@@ -83,9 +83,9 @@ def cost(run: Run) -> dict:
 def train(run: Run, stop: Callable[[], bool]):
     """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for.
     One that is stopped is saved."""
-    c, folder = run.c, run.folder
+    c, folder, options = run.c, run.folder, json.dumps(asdict(run.c), indent=2)
     if RANK == 0:
-        write_aside(folder / "config.json", json.dumps(asdict(c), indent=2))
+        write_aside(folder / checkpoint.OPTIONS, options)
         checkpoint.set_aside(folder, run.version)
     log = Log(folder, run.phases.bar, lines=run.lines, tensorboard=c.tensorboard, silent=RANK > 0)
     run.sync()
@@ -94,7 +94,8 @@ def train(run: Run, stop: Callable[[], bool]):
     saved = run.version
 
     def save():
-        checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep)
+        checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep,
+                        {checkpoint.OPTIONS: options, checkpoint.ROWS: log.lines})
 
     for rows in learn(run, stop):
         log.add(rows)

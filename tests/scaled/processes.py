@@ -30,10 +30,11 @@ def join_group(rank, world, folder):
 
 
 def start(folder, module, *argv, ranks=2, **environment):
+    """A module under torchrun, or with ranks=0 without it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     # a session of its own: whatever it leaves behind can be found by its group
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(ranks), "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
+        [sys.executable, *torchrun, "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | dict(PYTHONPATH=f"{ROOT}:{folder}", OMP_NUM_THREADS="1") | environment)
 

@@ -39,6 +39,10 @@ def values(policy, optimizer):
             for x in [*policy.parameters(), *states]]
 
 
+def texts(version):
+    return {"config.json": json.dumps({"name": "run", "lr": 1.0}), "metrics.jsonl": '{"update": 1}\n' * version}
+
+
 @pytest.fixture(scope="module")
 def saved(group, tmp_path_factory):
     """A run's folder with checkpoints of updates 4 and 8, and what they hold."""
@@ -49,9 +53,7 @@ def saved(group, tmp_path_factory):
     run.mkdir()
     for version in (4, 8):
         change(policy, optimizer, version)
-        (run / "config.json").write_text(json.dumps({"name": "run", "lr": 1.0}))
-        (run / "metrics.jsonl").write_text('{"update": 1}\n' * version)
-        checkpoint.save(run, policy, optimizer, version, keep=2)
+        checkpoint.save(run, policy, optimizer, version, 2, texts(version))
         held[version] = values(policy, optimizer)
     return folder, held
 
@@ -79,7 +81,7 @@ def test_old_checkpoints_go_and_an_attempt_that_was_cut_short_does_not_stay(save
     (run / ".update-000012").mkdir()
     (run / ".update-000012/__7_0.distcp").write_text("of a rank that is no more")
     change(policy, optimizer, 1)
-    checkpoint.save(run, policy, optimizer, 12, keep=2)
+    checkpoint.save(run, policy, optimizer, 12, 2, texts(12))
     assert [path.name for path in checkpoint.checkpoints(run)] == ["update-000008", "update-000012"]
     assert not (run / "update-000012/__7_0.distcp").exists()
 
@@ -198,12 +200,12 @@ def full_disk(rank, world, folder):
     join_group(rank, world, folder)
     policy, optimizer = trainer(folder / "hf")
     change(policy, optimizer, 1.0)
-    checkpoint.save(folder / "run", policy, optimizer, 4, keep=1)
+    checkpoint.save(folder / "run", policy, optimizer, 4, 1, texts(4))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
-        checkpoint.save(folder / "run", policy, optimizer, 8, keep=1)
+        checkpoint.save(folder / "run", policy, optimizer, 8, 1, texts(8))
     except OSError as error:
         text = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -212,7 +214,7 @@ def full_disk(rank, world, folder):
     assert [path.name for path in (folder / "run").glob("*update*")] == ["update-000004"]
     dist.barrier()
     assert checkpoint.newest_whole(checkpoint.checkpoints(folder / "run"))[1] == ""
-    checkpoint.save(folder / "run", policy, optimizer, 8, keep=1)  # there is room again
+    checkpoint.save(folder / "run", policy, optimizer, 8, 1, texts(8))  # there is room again
     assert [path.name for path in (folder / "run").glob("*update*")] == ["update-000008"]
     assert checkpoint.newest_whole(checkpoint.checkpoints(folder / "run"))[1] == ""
     dist.destroy_process_group()
@@ -221,8 +223,6 @@ def full_disk(rank, world, folder):
 def test_a_full_disk_keeps_what_was_there(saved, tmp_path):
     shutil.copytree(saved[0] / "hf", tmp_path / "hf")
     (tmp_path / "run").mkdir()
-    for name in checkpoint.KEPT:
-        (tmp_path / "run" / name).write_text("{}")
     run_ranks(full_disk, 2, tmp_path)
     for rank in range(2):
         text = (tmp_path / f"said-{rank}").read_text()
