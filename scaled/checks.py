@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase)
 
 from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
@@ -31,7 +32,7 @@ def read_material(c: Config) -> Material:
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
-    tokenizer = read_tokenizer(c)
+    _, tokenizer = read_checkpoint(c)
     reward = load_reward(c.reward)
     columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
                    max_prompt=c.max_prompt, system=c.system)
@@ -41,20 +42,26 @@ def read_material(c: Config) -> Material:
     return Material(tokenizer, prompts, held_out, reward)
 
 
-def read_tokenizer(c: Config) -> PreTrainedTokenizerBase:
-    """The checkpoint's, after all of its files have been found whole, of one model, and fit for the
-    options. Of the weights only headers are read: whether one is NaN the first rollout says."""
+def check_fit(c: Config, config: PreTrainedConfig):
+    """ValueError for a model that cannot do what the options ask."""
+    route_shape(config)  # refuses what cannot replay
+    context = config.get_text_config().max_position_embeddings
+    if c.max_length > context:
+        raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
+                         f"exceeds the checkpoint's context of {context} tokens; give less")
+
+
+def read_checkpoint(c: Config) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Its configuration and tokenizer, after all of its files have been found whole, of one model
+    and fit for the options. Of the weights only headers are read: whether one is NaN the first
+    rollout says."""
     folder, trust = Path(c.checkpoint), dict(trust_remote_code=c.trust_remote_code)
     if not os.path.isfile(folder / "config.json"):
         raise ValueError(f"--checkpoint {folder}: has no config.json; give the folder of a "
                          "Hugging Face checkpoint")
     with refusing(f"--checkpoint {folder}: its configuration cannot be used"):
         config = AutoConfig.from_pretrained(folder, **trust)
-    route_shape(config)  # refuses what cannot replay
-    context = config.get_text_config().max_position_embeddings
-    if c.max_length > context:
-        raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
-                         f"exceeds the checkpoint's context of {context} tokens; give less")
+    check_fit(c, config)
     with refusing(f"--checkpoint {folder}: its weights cannot be used"):
         check_weights(folder, config, **trust)
     with refusing(f"--checkpoint {folder}: its tokenizer cannot be used"):
@@ -63,7 +70,7 @@ def read_tokenizer(c: Config) -> PreTrainedTokenizerBase:
             raise ValueError("it has no vocabulary: its files are missing")
     with refusing(f"--checkpoint {folder}: its end tokens cannot be read"):
         end_tokens(c.checkpoint, c.trust_remote_code)
-    return tokenizer
+    return config, tokenizer
 
 
 @contextmanager
