@@ -14,15 +14,17 @@ from scaled import checkpoint
 from scaled.config import Config
 from scaled.data import PromptOrder, end_tokens, load_prompts
 from scaled.export import export_cold_start
+from scaled.families import route_shape
 from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
 from scaled.policy import load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
-from scaled.replay import RoutingReplay, route_shape
+from scaled.replay import routed
 from scaled.rewards import grade, load_reward, take_counts
-from scaled.rollout import Engine, check_vllm
+from scaled.rollout import Engine
 from scaled.sync import SyncCheck
 from scaled.trainer import move
+from scaled.vllm_internals import check_served, check_vllm
 
 
 class Run:
@@ -41,7 +43,9 @@ class Run:
                              "a Hugging Face checkpoint")
         trust = dict(trust_remote_code=c.trust_remote_code)
         config = AutoConfig.from_pretrained(c.checkpoint, **trust)
-        route_shape(config)  # refuses what cannot replay
+        if c.replay != "none":
+            route_shape(config)  # refuses what cannot replay
+        check_served(config, c.rollout_precision)
         context = config.get_text_config().max_position_embeddings
         if c.max_length > context:
             raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
@@ -70,7 +74,7 @@ class Run:
             gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload,
             device=DEVICE, **trust)
         self.optimizer = adamw(self.policy, c.lr, c.weight_decay)
-        self.version, self.check, self.checks_left = 0, SyncCheck(), c.check_sync
+        self.version, self.check = 0, SyncCheck(c.check_sync, c.check_sync_every)
         if scored:  # both have the weights of the folder: the measure for all syncs
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
         # the ranks of one engine have the same responses: the first grades them for all
@@ -91,19 +95,19 @@ class Run:
         torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
-        if not self.checks_left:
+        if not (due := self.check.due()):
             self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
-        if self.checks_left:
-            self.checks_left -= 1
+        if due:
             self.check(self.engine, self.logprobs_of, self.fixed)
             self.move_trainer("cpu")
 
     @torch.no_grad()
     def logprobs_of(self, tokens, lengths, routing):
         """log π (B, T) of given tokens at temperature 1, by the engine's experts."""
-        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=routing.to(DEVICE))
-        with RoutingReplay(self.policy.model, fixed.replay, fixed.fed):
+        replay = None if routing is None else routing.to(DEVICE)
+        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+        with routed(self.policy.model, fixed.replay, fixed.fed):
             return self.policy(fixed.tokens, fixed.fed, 1.0)[0]
 
     def generate(self, prompts: list, group_size: int, seed: int, top_p: float = 1.0) -> Rollout:

@@ -8,10 +8,12 @@ command line go over those of the file.
 """
 
 import json
+import math
 import sys
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -65,7 +67,8 @@ def train_batch(run: Run) -> list[dict]:
         with phases("train"):
             metrics = train_step(run.policy, run.optimizer, part, c)
         run.version += 1
-        rows.append({"update": run.version, "score": None, "score_errors": None, "lr": lr} | metrics)
+        rows.append({"update": run.version, "score": None, "score_errors": None, "lr": lr,
+                     "routing_agreement": None} | metrics)
         phases.bar.update()
     shared = counted.means()
     run.tokens = shared.pop("tokens") * c.group_size * n_prompts
@@ -121,7 +124,7 @@ def train(run: Run, resume: bool):
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             for row in rows:
                 text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
-                        "agreed": sum(row["routing_agreement"]) / len(row["routing_agreement"])}
+                        "agreed": mean(row["routing_agreement"] or [math.nan])}
                 run.phases.bar.write(ROW.format(**row | text))
                 for name, value in row.items() if writer else ():
                     if isinstance(value, (int, float)):

@@ -7,7 +7,8 @@ from families import CONFIGS, build
 from replaying import B, MASK, T, TOKENS, backward, every_family, foreign_routes, run
 from torch.utils.checkpoint import CheckpointError
 
-from scaled.replay import RoutingReplay, route_shape
+from scaled.families import route_shape
+from scaled.replay import RoutingReplay, routed
 
 
 @every_family
