@@ -109,7 +109,8 @@ def main(argv: list[str]) -> int:
                              gradient_checkpointing=False, cpu_offload=options["cpu_offload"],
                              trust_remote_code=options["trust_remote_code"], device=nano.DEVICE)
         version = checkpoint.load(saved[-1], policy, None)
-        save_pretrained(policy, folder, AutoTokenizer.from_pretrained(options["checkpoint"]))
+        save_pretrained(policy, folder, AutoTokenizer.from_pretrained(
+            options["checkpoint"], trust_remote_code=options["trust_remote_code"]))
     except ValueError as error:
         ranks.fail(str(error), code=2)
     if RANK == 0:

@@ -71,7 +71,8 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
                                                  trust_remote_code=trust_remote_code)
     if not any(".experts." in name for name, _ in model.named_parameters()):
         raise ValueError(f"{folder} is no Mixture of Experts: model_type {config.model_type!r}")
-    model.set_experts_implementation(experts)
+    if model._can_set_experts_implementation():  # other classes have a single one
+        model.set_experts_implementation(experts)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     policy = Policy(model.eval(), logits_bytes)
