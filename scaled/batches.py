@@ -73,7 +73,7 @@ def take(rollout: Rollout, rows: list[int]) -> Rollout:
         return _cut(short, 2)
     index = torch.tensor(rows)
     tensors = {name: x[index.to(x.device)] for name, x in vars(rollout).items()
-               if isinstance(x, Tensor)}
+               if isinstance(x, Tensor)}  # B is the first axis of all
     return _cut(replace(rollout, **tensors), int(tensors["lengths"].max()))
 
 
