@@ -78,7 +78,7 @@ class Engine:
             raise ValueError(f"tensor_parallel {tensor_parallel}: give a divisor of the {ranks} "
                              "processes, and start them with torchrun")
         check_served(config, precision)
-        options = quantisation(precision, text, tensor_parallel) | options_for(config)
+        options = quantisation(precision, text, tensor_parallel)
         self.contract = None  # of a family whose routes nobody could read
         if knows(config):
             _, A, E = route_shape(config)
@@ -93,7 +93,7 @@ class Engine:
         self.published = published_names(config, trust_remote_code)
         if self.external:  # for tensor_parallel 1 too: else vLLM would start a group of its own
             options["distributed_executor_backend"] = "external_launcher"
-        options = dict(
+        ours = dict(
             skip_tokenizer_init=True, trust_remote_code=trust_remote_code,
             dtype="float32" if precision == "fp32" else "bfloat16", max_model_len=max_length,
             tensor_parallel_size=tensor_parallel, seed=seed + replica,
@@ -104,10 +104,11 @@ class Engine:
             worker_extension_cls="scaled.vllm_internals.WorkerSync",
             disable_log_stats=True, use_tqdm_on_load=False,
             enable_sleep_mode=DEVICE == "cuda", enforce_eager=DEVICE == "cpu",
-        ) | options | vllm_options
+        )
         with vllm_called("at its start"):
             import vllm
-            self.vllm, self.llm = vllm, vllm.LLM(folder, **options)
+            options |= options_for(config)
+            self.vllm, self.llm = vllm, vllm.LLM(folder, **ours | options | vllm_options)
         self.probe()
 
     def probe(self):
