@@ -11,10 +11,10 @@ from transformers import (
 
 from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
+from scaled.families import route_shape
 from scaled.huggingface import check_weights
-from scaled.replay import route_shape
 from scaled.rewards import Score, load_reward
-from scaled.rollout import check_vllm
+from scaled.vllm_internals import check_served, check_vllm
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def read_material(c: Config) -> Material:
 
 def check_fit(c: Config, config: PreTrainedConfig):
     """ValueError for a model that cannot do what the options ask."""
-    route_shape(config)  # refuses what cannot replay
+    if c.replay != "none":
+        route_shape(config)  # refuses what cannot replay
+    check_served(config, c.rollout_precision)
     context = config.get_text_config().max_position_embeddings
     if c.max_length > context:
         raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "

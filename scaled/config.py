@@ -47,7 +47,8 @@ class Config:
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
     importance_sampling: str = option("token", "in the loss", "token", "sequence", "none")
     length_norm: bool = option(False, "divide a response's loss by its length")
-    temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=1e-5)
+    # vLLM samples at .01 whatever is below, and refuses what is above 2
+    temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=0.01)
 
     # the training engine
     lr: float = option(1e-6, "learning rate", low=1e-12)
@@ -64,7 +65,8 @@ class Config:
     rollout_precision: str = option("bf16", "of μ", "fp32", "bf16", "fp8", "int8")
     tensor_parallel: int = option(1, "processes that serve one copy of the model")
     gpu_memory: float = option(0.6, "share of a GPU's memory for the engine, awake", low=0.01)
-    check_sync: int = option(3, "weight synchronisations that are checked, from the first", low=0)
+    check_sync: int = option(3, "weight syncs that are checked, from the first; 0: none", low=0)
+    check_sync_every: int = option(20, "weight syncs between later checks")
 
     # evaluation
     eval_every: int = option(20, "updates between scores")
@@ -80,6 +82,7 @@ class Config:
                 ("group_size", c.group_size > 1, "2 or more: advantages compare responses"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
                 ("gpu_memory", c.gpu_memory < 1, "a share below 1"),
+                ("temperature", c.temperature <= 2, "at most 2, as vLLM does"),
                 ("eval_top_p", c.eval_top_p <= 1, "at most 1"),
                 ("token_budget", c.token_budget >= c.max_length,
                  f"{c.max_length} or more, a whole row")):
@@ -90,7 +93,8 @@ class Config:
     # what a resumed run may have otherwise: the maths does not depend on it
     free = frozenset((
         "updates", "checkpoint_every", "keep", "tensorboard", "token_budget", "logits_mib",
-        "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync", "eval_every"))
+        "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync", "check_sync_every",
+        "eval_every"))
 
     max_length = property(lambda c: c.max_prompt + c.max_response)
 

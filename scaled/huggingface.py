@@ -1,10 +1,11 @@
-"""Hugging Face folders: their tensors into a sharded model and out of it, piece by piece.
+"""Hugging Face folders: their tensors into a sharded model and out of it, piece by piece. What is
+known about the inside of transformers' loading stands here.
 
 What takes a policy is a collective: all ranks of the default process group call it."""
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -19,16 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (WeightConverter, WeightRenaming, dot_natural_key,
-                                             rename_source_key, revert_weight_conversion)
+from transformers.core_model_loading import (
+    PrefixChange, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key,
+    revert_weight_conversion)
 from transformers.utils.loading_report import LoadStateDictInfo
+
+from scaled.families import stays_fp32
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5e9  # of one file that save_pretrained writes, and of what rank 0 holds for it
-
-def stays_fp32(model: PreTrainedModel, name: str) -> bool:
-    """Whether a family computes with this weight in fp32 also in bf16, as ERNIE's routers."""
-    return any(re.search(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
 
 def tensor_files(folder: Path) -> dict[str, str]:
     """Name of every tensor -> its file. ValueError if there are no safetensors."""
@@ -205,3 +205,33 @@ def save_pretrained(policy: nn.Module, folder, tokenizer):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     dist.barrier()
+
+def published_names(config, trust_remote_code: bool = False) -> Callable:
+    """transformers' own conversion, backwards: a function (name, tensor) -> iterator of pairs, from
+    a parameter of the model that `config` describes to the published ones, such as a matrix for
+    each expert. ValueError if a family needs several parameters at once for that: they are
+    streamed one by one."""
+    with torch.device("meta"):  # names and shapes, no memory
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model._weight_conversions = [conversion for conversion
+                                 in get_model_conversion_mapping(model, add_legacy=False)
+                                 if not isinstance(conversion, PrefixChange)]
+    for conversion in model._weight_conversions:
+        if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
+            raise ValueError(f"{config.model_type}: {conversion.target_patterns} can only be "
+                             "published together, and weights are streamed one by one")
+    return lambda name, tensor: iter(revert_weight_conversion(model, {name: tensor}).items())
+
+def reset_buffers(model: PreTrainedModel, device):
+    """Buffers to the device, and those that are computed and never saved, as rotary frequencies,
+    their values. ValueError if the family cannot compute them again."""
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer = buffer.to(device)
+            if key in module._non_persistent_buffers_set:
+                buffer.fill_(torch.nan)
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+            if any(b.isnan().any() for b in module.buffers(recurse=False)):
+                raise ValueError(f"{name} has buffers that {type(model).__name__} cannot "
+                                 "initialise again: this model cannot be loaded in shards")

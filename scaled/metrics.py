@@ -42,7 +42,8 @@ class Sums:
         self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
         self.add("extreme_token_fraction", extreme_token_fraction(old_logprobs, mu, mask), tokens)
         self.add("clip_fraction", 1 - gate[mask].double().mean(), tokens)
-        self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
+        if routing is not None:
+            self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
         self.add("weight", weights.mean(), tokens)  # these two make the effective sample size
         self.add("squared_weight", weights.square().mean(), tokens)
 
@@ -81,6 +82,8 @@ def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_cou
 def missing_routes(rollout: Rollout) -> int:
     """(token, layer) pairs of fed tokens whose experts are not all different: no route came. 0
     unless something between the engine, which refuses them, and the trainer loses routes."""
+    if rollout.routing is None:  # a family without replay
+        return 0
     return sum(int((routes[fed].sort(-1).values.diff() == 0).any(-1).sum())  # a row at a time: in
                for routes, fed in zip(rollout.routing, rollout.fed))  # sort an id takes 9 bytes
 

@@ -19,7 +19,7 @@ from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
 from scaled.policy import Policy, load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
-from scaled.replay import RoutingReplay
+from scaled.replay import routed
 from scaled.rewards import grade, take_counts
 from scaled.rollout import Engine
 from scaled.sync import SyncCheck
@@ -80,7 +80,7 @@ class Run:
         self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
 
         self.policy, self.optimizer = make_trainer(c)
-        self.check, self.checks_left = SyncCheck(), c.check_sync
+        self.check = SyncCheck(c.check_sync, c.check_sync_every)
         if scored:
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
 
@@ -103,19 +103,19 @@ class Run:
         torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
-        if not self.checks_left:
+        if not (due := self.check.due()):
             self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
-        if self.checks_left:
-            self.checks_left -= 1
+        if due:
             self.check(self.engine, self.logprobs_of, self.fixed)
             self.move_trainer("cpu")
 
     @torch.no_grad()
     def logprobs_of(self, tokens, lengths, routing):
         """log π (B, T) of given tokens at temperature 1, by the engine's experts."""
-        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=routing.to(DEVICE))
-        with RoutingReplay(self.policy.model, fixed.replay, fixed.fed):
+        replay = None if routing is None else routing.to(DEVICE)
+        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+        with routed(self.policy.model, fixed.replay, fixed.fed):
             return self.policy(fixed.tokens, fixed.fed, 1.0)[0]
 
     def rollout(self) -> Rollout:

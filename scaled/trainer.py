@@ -14,7 +14,7 @@ from scaled.config import Config
 from scaled.metrics import Sums
 from scaled.policy import Policy
 from scaled.ranks import RANK
-from scaled.replay import RoutingReplay
+from scaled.replay import routed
 
 
 def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
@@ -49,7 +49,7 @@ def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
         batch.replay = torch.zeros_like(rollout.routing)  # π_θ will use the experts of π_old
     for rows, part in passes(batch, c):
         given = part.replay if c.replay == "R3" else None
-        with torch.no_grad(), RoutingReplay(policy.model, given, part.fed) as routes:
+        with torch.no_grad(), routed(policy.model, given, part.fed) as routes:
             logprobs, _ = policy(part.tokens, part.fed, c.temperature)
         if rows:
             columns = logprobs.shape[1]
@@ -70,7 +70,7 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
     n_sequences, n_tokens = counts.tolist()  # of the whole mini-batch: one denominator
     sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
     for rows, part in passes(batch, c):
-        with RoutingReplay(policy.model, part.replay, part.fed) as routes:
+        with routed(policy.model, part.replay, part.fed) as routes:
             logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             loss, gate = minirl_loss(

@@ -178,6 +178,15 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(folder, rank, size):
     assert rows == list(range(1, updates + 1))
 
 
+def test_a_failure_of_the_engine_is_no_refusal(folder):
+    process = start(folder, "scaled.train", "--config", "options.toml", "--name", "engine", ranks=0,
+                    VLLM_CPU_KVCACHE_SPACE="1000000")  # GiB
+    code, out, err = finish(process, 100)
+    assert code == 1 and len(said(err)) == 1, err
+    assert "rank 0 at the start: EngineError: vllm 0.30.0 failed " in said(err)[0] and "memory" in said(err)[0], err
+    assert not (folder / "runs/engine").exists()
+
+
 def test_ranks_do_not_outlive_torchrun(folder):
     """And while they run, nobody else gets their folder."""
     process, ranks = begin(folder, "launcher", "--checkpoint-every", 2)

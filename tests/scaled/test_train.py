@@ -307,7 +307,7 @@ def test_checkpoints_and_data_are_refused(group, material, monkeypatch, changes,
 
 def test_vllm_of_another_version_is_refused(group, material, monkeypatch):
     monkeypatch.chdir(material)
-    monkeypatch.setattr("scaled.rollout.VLLM", "0.31.0")
+    monkeypatch.setattr("scaled.vllm_internals.VLLM", "0.31.0")
     with pytest.raises(ValueError, match=r"vllm 0\.30\.0\S*: scaled needs 0\.31\.0; install"):
         Run(Config(checkpoint="good", train_data="good.jsonl"), False)
 
