@@ -170,7 +170,7 @@ OPTIONS = [  # refused before the ranks meet
     ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
     ("--name done", "--name done: is taken; give another, or --resume done"),
     ("--name file", "--name file: is taken"),
-    ("--resume done --lr 0.5 --updates 8", "--resume done: lr cannot change; what can: check_sync, checkpoint_every, "),
+    ("--resume done --lr 0.5 --updates 8", "--resume done: lr cannot change; what can: check_sync, "),
     ("--resume done --name other", "--resume done: name cannot change"),
     ("--resume done --updates 6", "--updates 6: give a multiple of 4"),
     ("--resume laptop", "--resume laptop: runs/laptop has no checkpoint; start a run with --config"),
