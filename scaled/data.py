@@ -155,7 +155,8 @@ def end_tokens(folder: str, trust_remote_code: bool) -> list[int]:
 
     path = Path(folder)
     source = GenerationConfig if (path / "generation_config.json").exists() else AutoConfig
-    config = source.from_pretrained(folder)
+    trust = dict(trust_remote_code=trust_remote_code) if source is AutoConfig else {}
+    config = source.from_pretrained(folder, **trust)
     ids = getattr(config, "eos_token_id", None)  # composite configurations have it further down
     if ids is None and source is AutoConfig:
         ids = getattr(config.get_text_config(), "eos_token_id", None)
