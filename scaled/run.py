@@ -19,7 +19,7 @@ from scaled.metrics import Phases, Sums
 from scaled.policy import load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
 from scaled.replay import RoutingReplay, route_shape
-from scaled.rewards import grade, load_reward, take_counts
+from scaled.rewards import check_reward, grade, load_reward, take_counts
 from scaled.rollout import Engine, check_vllm
 from scaled.sync import SyncCheck
 from scaled.trainer import move
@@ -48,14 +48,16 @@ class Run:
                              f"exceeds the checkpoint's context of {context} tokens; give less")
         self.tokenizer = AutoTokenizer.from_pretrained(c.checkpoint, **trust)
         end_tokens(c.checkpoint, c.trust_remote_code)
-        self.reward = load_reward(c.reward)
+        self.reward = load_reward(c.reward, c.reward_seconds)
         if c.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
         columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
-                       max_prompt=c.max_prompt, system=c.system)
+                       max_prompt=c.max_prompt, system=c.system,
+                       vocabulary=config.get_text_config().vocab_size)
         self.prompts = load_prompts(c.train_data, self.tokenizer, split=c.train_split, **columns)
         self.held_out = load_prompts(
             c.eval_data, self.tokenizer, split=c.eval_split, **columns) if c.eval_data else []
+        check_reward(self.reward, self.prompts + self.held_out)
         self.order = PromptOrder(len(self.prompts), c.seed)
         self.engine = Engine(
             c.checkpoint, precision=c.rollout_precision, tensor_parallel=c.tensor_parallel,
