@@ -13,7 +13,7 @@ from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
 from scaled.families import route_shape
 from scaled.huggingface import check_weights
-from scaled.rewards import Score, load_reward
+from scaled.rewards import Score, check_reward, load_reward
 from scaled.vllm_internals import check_served, check_vllm
 
 
@@ -32,13 +32,15 @@ def read_material(c: Config) -> Material:
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
-    _, tokenizer = read_checkpoint(c)
-    reward = load_reward(c.reward)
+    config, tokenizer = read_checkpoint(c)
+    reward = load_reward(c.reward, c.reward_seconds)
     columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
-                   max_prompt=c.max_prompt, system=c.system)
+                   max_prompt=c.max_prompt, system=c.system,
+                   vocabulary=config.get_text_config().vocab_size)
     prompts = load_prompts(c.train_data, tokenizer, split=c.train_split, **columns)
     held_out = load_prompts(
         c.eval_data, tokenizer, split=c.eval_split, **columns) if c.eval_data else []
+    check_reward(reward, prompts + held_out)
     return Material(tokenizer, prompts, held_out, reward)
 
 

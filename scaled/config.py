@@ -27,15 +27,16 @@ class Config:
     trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
 
     # data and rewards
-    train_data: str = option("", "JSONL or Parquet file, or a name on the hub")
+    train_data: str = option("", "JSON, CSV or Parquet file, save_to_disk folder, or hub name")
     eval_data: str = option("", "the same, held out; left out, no score")
-    train_split: str = option("train", "of a name on the hub")
-    eval_split: str = option("test", "of a name on the hub")
-    prompt_column: str = option("prompt", "text, or a list of chat messages")
-    answer_column: str = option("answer", "what the reward compares with")
+    train_split: str = option("train", "of a data set that has splits")
+    eval_split: str = option("test", "of a data set that has splits")
+    prompt_column: str = option("prompt", "text, or a list of chat messages; a.b is b in a")
+    answer_column: str = option("answer", "what the reward compares with; \"\" if there is none")
     chat: bool = option(True, "wrap prompts in the tokenizer's chat template")
     system: str = option("", "system message put before every prompt")
-    reward: str = option("math_verify", "that, exact_match, running_sum, or module:function")
+    reward: str = option("math", "that, exact_match, running_sum, or module:function")
+    reward_seconds: float = option(600.0, "that a module:function may take for one call", low=0.1)
     max_prompt: int = option(1024, "tokens; a longer prompt is refused")
     max_response: int = option(8192, "tokens, after which a response is cut off")
 
@@ -78,7 +79,7 @@ class Config:
         check_options(c)
         for name, fine, remedy in (
                 ("checkpoint", c.checkpoint, "the folder of a Hugging Face checkpoint"),
-                ("train_data", c.train_data, "a JSONL or Parquet file, or a name on the hub"),
+                ("train_data", c.train_data, "a file, a folder, or a name on the hub"),
                 ("group_size", c.group_size > 1, "2 or more: advantages compare responses"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
                 ("gpu_memory", c.gpu_memory < 1, "a share below 1"),
