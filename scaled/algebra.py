@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import lark
 import sympy
-from sympy import Integer, Rational
+from sympy import Rational
 
 GRAMMAR = r"""
 start: item ("," item)*

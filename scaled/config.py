@@ -42,17 +42,20 @@ class Config:
 
     # reinforcement learning, as in nano_moe_rl
     prompts: int = option(64, "P, prompts an update")
-    group_size: int = option(16, "G, responses to one prompt")
+    group_size: int = option(16, "G, responses to one prompt", low=2)
     mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
-    importance_sampling: str = option("token", "in the loss", "token", "sequence", "none")
+    clip_low: float = option(0.2, "how far π_θ/π_old may fall below 1", low=0, high=0.99)
+    clip_high: float = option(0.27, "how far it may rise above 1", low=0)
+    importance_sampling: str = option("token", "in the loss", "token", "sequence", "staleness")
     length_norm: bool = option(False, "divide a response's loss by its length")
     # vLLM samples at .01 whatever is below, and refuses what is above 2
-    temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=0.01)
+    temperature: float = option(
+        1.0, "of the distribution that is sampled, and of π", low=0.01, high=2)
 
     # the training engine
-    lr: float = option(1e-6, "learning rate", low=1e-12)
+    lr: float = option(1e-6, "learning rate", low=1e-12, high=1)
     warmup: int = option(10, "updates in which it rises to that")
     weight_decay: float = option(0.0, "of AdamW", low=0)
     gradient_norm: float = option(1.0, "bound of the gradient's norm", low=1e-9)
@@ -65,7 +68,8 @@ class Config:
     # the inference engine
     rollout_precision: str = option("bf16", "of μ", "fp32", "bf16", "fp8", "int8")
     tensor_parallel: int = option(1, "processes that serve one copy of the model")
-    gpu_memory: float = option(0.6, "share of a GPU's memory for the engine, awake", low=0.01)
+    gpu_memory: float = option(
+        0.6, "share of a GPU's memory for the engine, awake", low=0.01, high=0.99)
     check_sync: int = option(3, "weight syncs that are checked, from the first; 0: none", low=0)
     check_sync_every: int = option(20, "weight syncs between later checks")
 
@@ -73,18 +77,14 @@ class Config:
     eval_every: int = option(20, "updates between scores")
     eval_samples: int = option(1, "responses to a held-out prompt; their mean is its score")
     eval_top_p: float = option(
-        1.0, "nucleus of evaluation; training always samples from all", low=0.01)
+        1.0, "nucleus of evaluation; training always samples from all", low=0.01, high=1)
 
     def __post_init__(c):
         check_options(c)
         for name, fine, remedy in (
                 ("checkpoint", c.checkpoint, "the folder of a Hugging Face checkpoint"),
                 ("train_data", c.train_data, "a file, a folder, or a name on the hub"),
-                ("group_size", c.group_size > 1, "2 or more: advantages compare responses"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
-                ("gpu_memory", c.gpu_memory < 1, "a share below 1"),
-                ("temperature", c.temperature <= 2, "at most 2, as vLLM does"),
-                ("eval_top_p", c.eval_top_p <= 1, "at most 1"),
                 ("token_budget", c.token_budget >= c.max_length,
                  f"{c.max_length} or more, a whole row")):
             check(c, name, bool(fine), remedy)
@@ -93,9 +93,9 @@ class Config:
 
     # what a resumed run may have otherwise: the maths does not depend on it
     free = frozenset((
-        "updates", "checkpoint_every", "keep", "tensorboard", "token_budget", "logits_mib",
-        "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync", "check_sync_every",
-        "eval_every"))
+        "updates", "checkpoint_every", "keep", "tensorboard", "reward_seconds", "token_budget",
+        "logits_mib", "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync",
+        "check_sync_every", "eval_every"))
 
     max_length = property(lambda c: c.max_prompt + c.max_response)
 

@@ -28,8 +28,8 @@ def transformers_twin(model: nano.Model):
         num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_width,
         norm_topk_prob=True,  # transformers' default is False
         tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=c.max_digits + 1 + c.max_response, bos_token_id=None, eos_token_id=nano.EOS,
-        pad_token_id=nano.EOS))
+        max_position_embeddings=c.max_digits + 1 + c.max_response,
+        bos_token_id=None, eos_token_id=nano.EOS, pad_token_id=nano.EOS))
     weights = {("" if name.startswith("lm_head") else "model.") + name: weight.cpu()
                for name, weight in model.state_dict().items()}
     twin.load_state_dict(weights, strict=True)
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
                 state = torch.load(source, map_location="cpu", weights_only=True)
                 model = nano.Model(nano.Config(**state["config"]))
                 model.load_state_dict(state["model"])
-                updates = len(state["rows"])
+                updates = state["rows"][-1]["update"]
             except Exception as error:
                 refuse(f"{source} is no checkpoint of nano_moe_rl.py: {error}")
             export_nano(model, folder)

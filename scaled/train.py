@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(c, resume is not None)
     except ValueError as error:  # of what was asked
         ranks.fail(str(error), code=2)
-    except BaseException as error:  # also SystemExit, of a reward's code
+    except BaseException as error:  # also SystemExit, of a checkpoint's code
         ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", 1, error)
     try:
         ranks.patient = True

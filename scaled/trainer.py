@@ -76,6 +76,7 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
             loss, gate = minirl_loss(
                 logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
                 n_sequences=n_sequences, n_tokens=n_tokens, clip=c.clip,
+                clip_low=c.clip_low, clip_high=c.clip_high,
                 importance_sampling=c.importance_sampling, length_norm=c.length_norm)
             loss.backward()  # inside: a checkpointed layer is routed again here
         loss_sum += loss.detach()

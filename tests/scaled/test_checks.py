@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import nano_moe_rl as nano
 from scaled.checks import read_material
 from scaled.config import Config
-from scaled.export import export_nano, nano_tokenizer
+from scaled.export import export_nano
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ DAMAGES = [
     ("config-more-layers", edit("config.json", num_hidden_layers=3), "its weights cannot be used: .*missing"),
     ("config-fewer-layers", edit("config.json", num_hidden_layers=1), "its weights cannot be used: .*left over"),
     ("config-more-experts", edit("config.json", num_local_experts=5), "its weights cannot be used"),
-    ("config-more-tokens", edit("config.json", vocab_size=14), "lm_head.weight is .13, 64., the model that its config describes has .14, 64."),
+    ("config-more-tokens", edit("config.json", vocab_size=14),
+     "lm_head.weight is .13, 64., the model that its config describes has .14, 64."),
     ("weights-gone", remove(ONE, TWO, INDEX), "its weights cannot be used: .*has neither"),
     ("weights-pickled", lambda f: (remove(ONE, TWO, INDEX)(f), write("pytorch_model.bin", "x")(f)),
      "has neither .* convert it to safetensors"),

@@ -112,7 +112,7 @@ def test_no_text_of_a_model_is_run(tmp_path):
     """Python tells an audit hook of every string that eval and exec compile: all are functions of
     sympy's for as many variables, though its own parser compiles each number that it reads."""
     pairs = [pair[:2] for pair in sum(PAIRS.values(), []) if len(pair[1]) < 300]
-    program = f"""if True:
+    program = """if True:
         import json, sys
         strings = []
         sys.addaudithook(lambda event, arguments: event == "compile" and arguments[1] == "<string>"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from scaled.engine import EngineError, RolloutEngine
+from scaled.engine import EngineError
 from scaled.replay import RoutingReplay
 from scaled.rollout import Engine
 from scaled.vllm_internals import check_vllm
