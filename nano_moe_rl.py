@@ -284,7 +284,7 @@ class InferenceEngine:
     and experts are quantised, all others rounded to bf16 (fp32: nothing is)."""
     def __init__(self, model: Model, precision: str, router_noise: float = 0.0):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.numerics = Numerics(precision, router_noise)
+        self.numerics = self.model.numerics = Numerics(precision, router_noise)
         other = "fp32" if precision == "fp32" else "bf16"
         for name, weight in self.model.named_parameters():
             weight.copy_(quantise(weight, precision if "_proj" in name else other))

@@ -54,7 +54,7 @@ def test_a_replayed_policy_is_still_a_distribution():
     engine = nano.InferenceEngine(model, "int4")
     tokens, lengths = toy.enumerated(model)
     batch = nano.Rollout(tokens, torch.full_like(lengths, 2), lengths)
-    _, routes = engine.model(tokens[:, :-1], None, batch.fed)
+    _, routes = engine.model(tokens[:, :-1], None, batch.fed, numerics=engine.numerics)
     for replay in (None, routes):
         assert toy.sequence_logprobs(model, batch, replay).exp().sum().item() == pytest.approx(1, abs=1e-5)
 

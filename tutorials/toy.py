@@ -6,6 +6,7 @@ A table of logits shows the first-order claim of arXiv 2512.01374, section 2:
 J_seq and J_token + E_μ[(1 - |y|) R] differ in the second order of the policies' distance, their
 gradients in the first. A tiny MoE shows what R2 and R3 do to the policy that is trained.
 """
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -22,10 +23,18 @@ def untrained(c: nano.Config, n_prompts: int = 32) -> tuple[nano.Model, nano.Rol
     """A fresh model of the single file and a rollout of it. Such a model solves no task, so for once a reward
     is 1 where the id of a response's last token is odd: something to learn."""
     model = nano.Model(c)
-    engine = nano.InferenceEngine(model, c.rollout_precision)
+    engine = nano.InferenceEngine(model, c.rollout_precision, c.router_noise)
     rollout = nano.sample(engine, n_prompts, c.group_size, seed=0)
     rollout.rewards = (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2).float()
+    rollout.advantages = nano.group_advantages(rollout.rewards, c.group_size)
     return model, rollout
+
+
+@functools.cache
+def trained() -> nano.Model:
+    """A model of the single file after seconds of cold start, with sums of two or three digits, of which it gets some
+    three in ten right. Pages share it: who trains it further trains a copy."""
+    return nano.cold_start(nano.Config(min_digits=2, max_digits=3, max_response=10, cold_start_steps=150))
 
 
 VOCABULARY, LENGTH, STOP = 4, 3, 0  # token 0 ends a response early
@@ -96,7 +105,8 @@ def replay_bias(precision: str, distances: list[float], seed: int = 0) -> dict[s
     engine = nano.InferenceEngine(old, precision)
     tokens, lengths = enumerated(old)
     batch = nano.Rollout(tokens, torch.full_like(lengths, 2), lengths)
-    routes = {"R2": old(tokens[:, :-1], None, batch.fed)[1], "R3": engine.model(tokens[:, :-1], None, batch.fed)[1]}
+    routes = {"R2": old(tokens[:, :-1], None, batch.fed)[1],
+              "R3": engine.model(tokens[:, :-1], None, batch.fed, numerics=engine.numerics)[1]}
     bias = {mode: [] for mode in routes}
     for distance in distances:
         model, generator = nano.Model(c), torch.Generator().manual_seed(seed + 1)
