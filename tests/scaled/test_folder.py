@@ -1,35 +1,35 @@
 """One run at a time in a folder, and nothing left of a run that was refused."""
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
 
 import pytest
 
-from processes import ROOT
 from scaled.folder import Claim, write_aside
 
-CLAIM = """import sys, pathlib
-from scaled.folder import Claim
-try:
-    claim = Claim(pathlib.Path("runs/a"), resume=False)
-    print("mine", flush=True)
-    sys.stdin.read()
-except ValueError as refusal:
-    print(refusal, flush=True)
-"""
+
+def claim(folder, answer):
+    try:
+        claimed = Claim(folder, resume=False)  # noqa: F841  belongs to whoever holds it
+        answer.put("mine")
+    except ValueError as refusal:
+        answer.put(str(refusal))
+    time.sleep(60)
 
 
 def test_of_several_that_come_at_once_one_gets_the_folder_until_it_ends(tmp_path):
-    def others():
-        return [subprocess.Popen([sys.executable, "-c", CLAIM], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    fork = get_context("fork")
     for _ in range(2):  # the second time a lock of nobody is there
-        processes = others()
-        lines = [process.stdout.readline() for process in processes]
-        assert lines.count("mine\n") == 1, lines
-        assert sum("a run that has not ended is in runs/a; give another name" in line for line in lines) == 2, lines
+        answers = fork.Queue()
+        processes = [fork.Process(target=claim, args=(tmp_path / "runs/a", answers)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        lines = [answers.get(timeout=30) for _ in processes]
+        assert lines.count("mine") == 1, lines
+        taken = f"a run that has not ended is in {tmp_path}/runs/a; give another name"
+        assert sum(taken in line for line in lines) == 2, lines
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
         assert [path.name for path in (tmp_path / "runs/a").iterdir()] == [".lock"]
 
 
