@@ -1,4 +1,4 @@
-"""Who samples and trains what, and rows of a rollout packed into forward passes by a token budget."""
+"""Who samples and trains what; rows of a rollout in forward passes by a token budget."""
 
 from dataclasses import replace
 
@@ -8,10 +8,14 @@ from torch import Tensor
 
 from nano_moe_rl import Rollout
 
+# The axes of a rollout's tensors. Position t is fed token t, and the last token is never fed.
+AXES = dict(tokens="B T+1", prompt_lengths="B", lengths="B", rollout_logprobs="B T",
+            routing="B T L A", rewards="B", advantages="B", old_logprobs="B T", replay="B T L A")
+
 
 def prompts_of_engine(n_prompts: int, mini_batch: int, engines: int, engine: int) -> list[int]:
     """Which of a rollout batch's prompts one engine samples, in order. Each mini-batch of
-    `mini_batch` prompts is shared out evenly, so that it has the same however many engines there are."""
+    `mini_batch` prompts is shared out evenly: it has the same however many engines there are."""
     share = mini_batch // engines
     return [i for i in range(n_prompts) if i % mini_batch // share == engine]
 
@@ -69,11 +73,12 @@ def take(rollout: Rollout, rows: list[int]) -> Rollout:
         return _cut(short, 2)
     index = torch.tensor(rows)
     tensors = {name: x[index.to(x.device)] for name, x in vars(rollout).items()
-               if isinstance(x, Tensor)}
+               if isinstance(x, Tensor)}  # B is the first axis of all
     return _cut(replace(rollout, **tensors), int(tensors["lengths"].max()))
 
 
 def _cut(rollout: Rollout, longest: int) -> Rollout:
-    columns = {name: x[:, : longest - (name != "tokens")] for name, x in vars(rollout).items()
-               if isinstance(x, Tensor) and x.dim() > 1}
-    return replace(rollout, **columns)
+    columns = {"T": longest - 1, "T+1": longest}
+    return replace(rollout, **{
+        name: x[:, : columns[AXES[name].split()[1]]] for name, x in vars(rollout).items()
+        if isinstance(x, Tensor) and AXES[name] != "B"})

@@ -1,5 +1,7 @@
 """Every dial of a scaled run: a flat TOML file, and the command line made from the same fields."""
 
+import os
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,34 +23,39 @@ class Config:
 
     # the model
     checkpoint: str = option("", "Hugging Face folder to start from")
-    nano_cold_start: bool = option(False, "make that folder, with data, by nano_moe_rl's cold start")
+    nano_cold_start: bool = option(False, "make it, with data, by nano_moe_rl's cold start")
     trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
 
     # data and rewards
-    train_data: str = option("", "JSONL or Parquet file, or a name on the hub")
+    train_data: str = option("", "JSON, CSV or Parquet file, save_to_disk folder, or hub name")
     eval_data: str = option("", "the same, held out; left out, no score")
-    train_split: str = option("train", "of a name on the hub")
-    eval_split: str = option("test", "of a name on the hub")
-    prompt_column: str = option("prompt", "text, or a list of chat messages")
-    answer_column: str = option("answer", "what the reward compares with")
+    train_split: str = option("train", "of a data set that has splits")
+    eval_split: str = option("test", "of a data set that has splits")
+    prompt_column: str = option("prompt", "text, or a list of chat messages; a.b is b in a")
+    answer_column: str = option("answer", "what the reward compares with; \"\" if there is none")
     chat: bool = option(True, "wrap prompts in the tokenizer's chat template")
     system: str = option("", "system message put before every prompt")
-    reward: str = option("math_verify", "that, exact_match, running_sum, or module:function")
+    reward: str = option("math", "that, exact_match, running_sum, or module:function")
+    reward_seconds: float = option(600.0, "that a module:function may take for one call", low=0.1)
     max_prompt: int = option(1024, "tokens; a longer prompt is refused")
     max_response: int = option(8192, "tokens, after which a response is cut off")
 
     # reinforcement learning, as in nano_moe_rl
     prompts: int = option(64, "P, prompts an update")
-    group_size: int = option(16, "G, responses to one prompt")
+    group_size: int = option(16, "G, responses to one prompt", low=2)
     mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
-    importance_sampling: str = option("token", "in the loss", "token", "sequence", "none")
+    clip_low: float = option(0.2, "how far π_θ/π_old may fall below 1", low=0, high=0.99)
+    clip_high: float = option(0.27, "how far it may rise above 1", low=0)
+    importance_sampling: str = option("token", "in the loss", "token", "sequence", "staleness")
     length_norm: bool = option(False, "divide a response's loss by its length")
-    temperature: float = option(1.0, "of the distribution that is sampled, and of π", low=1e-5)
+    # vLLM samples at .01 whatever is below, and refuses what is above 2
+    temperature: float = option(
+        1.0, "of the distribution that is sampled, and of π", low=0.01, high=2)
 
     # the training engine
-    lr: float = option(1e-6, "learning rate", low=1e-12)
+    lr: float = option(1e-6, "learning rate", low=1e-12, high=1)
     warmup: int = option(10, "updates in which it rises to that")
     weight_decay: float = option(0.0, "of AdamW", low=0)
     gradient_norm: float = option(1.0, "bound of the gradient's norm", low=1e-9)
@@ -61,26 +68,34 @@ class Config:
     # the inference engine
     rollout_precision: str = option("bf16", "of μ", "fp32", "bf16", "fp8", "int8")
     tensor_parallel: int = option(1, "processes that serve one copy of the model")
-    gpu_memory: float = option(0.6, "share of a GPU's memory for the engine, awake", low=0.01)
-    check_sync: int = option(3, "weight synchronisations that are checked, from the first", low=0)
+    gpu_memory: float = option(
+        0.6, "share of a GPU's memory for the engine, awake", low=0.01, high=0.99)
+    check_sync: int = option(3, "weight syncs that are checked, from the first; 0: none", low=0)
+    check_sync_every: int = option(20, "weight syncs between later checks")
 
     # evaluation
     eval_every: int = option(20, "updates between scores")
     eval_samples: int = option(1, "responses to a held-out prompt; their mean is its score")
-    eval_top_p: float = option(1.0, "nucleus of evaluation; training always samples from all", low=0.01)
+    eval_top_p: float = option(
+        1.0, "nucleus of evaluation; training always samples from all", low=0.01, high=1)
 
     def __post_init__(c):
         check_options(c)
         for name, fine, remedy in (
                 ("checkpoint", c.checkpoint, "the folder of a Hugging Face checkpoint"),
-                ("train_data", c.train_data, "a JSONL or Parquet file, or a name on the hub"),
-                ("group_size", c.group_size > 1, "2 or more: advantages compare responses"),
+                ("train_data", c.train_data, "a file, a folder, or a name on the hub"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
-                ("gpu_memory", c.gpu_memory < 1, "a share below 1"),
-                ("eval_top_p", c.eval_top_p <= 1, "at most 1"),
-                ("token_budget", c.token_budget >= c.max_length, f"{c.max_length} or more, a whole row"),
-                ("name", Path(c.name).name == c.name not in ("..", "cold_start"), "one without /")):
+                ("token_budget", c.token_budget >= c.max_length,
+                 f"{c.max_length} or more, a whole row")):
             check(c, name, bool(fine), remedy)
+        if c.name:  # a configuration can do without one, a run cannot
+            check_name(c.name)
+
+    # what a resumed run may have otherwise: the maths does not depend on it
+    free = frozenset((
+        "updates", "checkpoint_every", "keep", "tensorboard", "reward_seconds", "token_budget",
+        "logits_mib", "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync",
+        "check_sync_every", "eval_every"))
 
     max_length = property(lambda c: c.max_prompt + c.max_response)
 
@@ -91,24 +106,42 @@ class Config:
         for name, fine, remedy in (
                 ("tensor_parallel", world_size % c.tensor_parallel == 0,
                  f"a divisor of the {world_size} processes"),
-                ("prompts", engines and c.prompts % engines == 0, f"{share}a multiple of {engines}"),
+                ("prompts", engines and c.prompts % engines == 0,
+                 f"{share}a multiple of {engines}"),
                 ("group_size", c.prompts * c.group_size % world_size == 0,
                  f"{share}one that makes prompts x group_size a multiple of {world_size}")):
             check(c, name, bool(fine), remedy)
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 'text in quotes'}
+
+
 def read_config(path: str, given: dict) -> Config:
-    """The file's options, and over them those of the command line. ValueError names what is wrong."""
-    known, file = {f.name: f.type for f in fields(Config)}, Path(path)
-    if not file.is_file():
+    """The file's options, and over them those of the command line. ValueError names what is
+    wrong."""
+    known = {f.name: f.type for f in fields(Config)}
+    if not os.path.isfile(path):
         raise ValueError(f"--config {path}: there is no such file; scaled/configs has examples")
     try:
-        options = tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        options = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:  # the first: not readable
         raise ValueError(f"--config {path}: is not TOML: {error}") from None
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"--config {path}: {name} is no option; --help lists them")
-        if known[name] is float and type(value) is int:
-            options[name] = float(value)
-    return Config(**{"name": file.stem} | options | given)
+        if known[name] is float and type(value) is int and abs(value) < 1e9:
+            options[name] = value = float(value)
+        if type(value) is not known[name]:
+            raise ValueError(f"--config {path}: {name} = {str(value):.40} is of type "
+                             f"{type(value).__name__}; give {KINDS[known[name]]}")
+    options = {"name": Path(path).stem} | options | given
+    check_name(options["name"])
+    return Config(**options)
+
+
+def check_name(name: str) -> str:
+    """ValueError for what is no name of a folder under runs/."""
+    if not re.fullmatch(r"[\w.+=,-]{1,60}", name) or not name.strip(".") or name == "cold_start":
+        raise ValueError(f"--name {name:.60}: give up to 60 letters, digits and signs of . + = , - "
+                         "_, but not cold_start")
+    return name

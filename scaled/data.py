@@ -1,10 +1,12 @@
 """Prompts from a file or the hub, as token ids, and the order in which training takes them."""
 import random
-import re
-import tempfile
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
+
+from scaled.tables import read_columns
 
 
 @dataclass(frozen=True)
@@ -16,21 +18,20 @@ class Prompt:
 
 def load_prompts(source: str | Path, tokenizer, *, prompt_column: str = "prompt",
                  answer_column: str = "answer", chat: bool = True, split: str = "train",
-                 max_prompt: int, system: str = "") -> list[Prompt]:
-    """All prompts of `source`: a .jsonl, .json or .parquet file, or the hub's "org/name" or
-    "org/name:config", of which `split` is taken. The prompt column has text, which becomes one
+                 max_prompt: int, system: str = "", vocabulary: int | None = None) -> list[Prompt]:
+    """All prompts of `source`, as tables.py reads it. The prompt column has text, which becomes one
     user message, or lists of {role, content}; `system` is put before them. chat=False: text only,
-    tokenised as it stands. answer_column "": there are no references.
+    tokenised as it stands, with what the tokenizer puts in front of a text. answer_column "": there
+    are no references. Token ids are below `vocabulary`, the model's.
 
     ValueError, one line, for data that cannot be read or used as it is: nothing is dropped."""
-    source = str(source)
     if chat and tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; set chat = false")
     if system and not chat:
         raise ValueError("system needs a chat template; set chat = true, or system = \"\"")
-    columns = read_columns(source, split, [c for c in (prompt_column, answer_column) if c])
+    columns = read_columns(str(source), split, [c for c in (prompt_column, answer_column) if c])
     cells = columns[prompt_column]
-    name = Path(source).name if is_file(source) else source
+    name = Path(source).name if Path(source).is_file() else source
     ids = [f"{name}:{row}" for row in range(len(cells))]
     answers = ["" for _ in ids]
     if answer_column:
@@ -42,14 +43,46 @@ def load_prompts(source: str | Path, tokenizer, *, prompt_column: str = "prompt"
             if not isinstance(cell, str):
                 raise ValueError(f"prompt {id} is {kind(cell)}, not text; chat = false needs text")
         texts = cells
-    # one call for all rows, which a fast tokenizer spreads over threads; a template has written
-    # its special tokens already
-    tokens = tokenizer(texts, **{"add_special_tokens": False} if chat else {})["input_ids"]
-    if bad := [i for i, row in enumerate(tokens) if not 1 <= len(row) <= max_prompt]:
-        raise ValueError(f"prompt {ids[bad[0]]} has {len(tokens[bad[0]])} tokens, the limits are 1 "
+    for id, text in zip(ids, texts):
+        check_text(id, text)
+    # one call for all rows, which a fast tokenizer spreads over threads
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if not chat:  # a template has written its special tokens already
+        front = tokens_in_front(tokenizer)
+        tokens = [row if row[:len(front)] == front else front + row for row in tokens]
+    check_tokens(ids, tokens, max_prompt, vocabulary, tokenizer.eos_token_id)
+    return [Prompt(*row) for row in zip(ids, tokens, answers)]
+
+
+def check_text(id: str, text: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt {id} is no text that UTF-8 can hold: {error}") from None
+
+
+def tokens_in_front(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text, such as <bos>. What it puts after one is for texts
+    that have ended."""
+    text = tokenizer("1", return_special_tokens_mask=True)
+    front = takewhile(lambda pair: pair[1], zip(text["input_ids"], text["special_tokens_mask"]))
+    return [token for token, _ in front]
+
+
+def check_tokens(ids: list[str], tokens: list[list[int]], max_prompt: int,
+                 vocabulary: int | None, end: int | None):
+    """ValueError with the first prompt that the model cannot take."""
+    if bad := [i for i, row in enumerate(tokens) if not 2 <= len(row) <= max_prompt]:
+        raise ValueError(f"prompt {ids[bad[0]]} has {len(tokens[bad[0]])} tokens, the limits are 2 "
                          f"and max_prompt {max_prompt}; of such prompts there are {len(bad)}: "
                          "raise max_prompt or remove them")
-    return [Prompt(*row) for row in zip(ids, tokens, answers)]
+    for id, row in zip(ids, tokens):
+        if vocabulary is not None and max(row) >= vocabulary:
+            raise ValueError(f"prompt {id} has the token {max(row)}, and the model's vocabulary "
+                             f"{vocabulary} tokens: the tokenizer is not the checkpoint's")
+        if row[-1] == end:
+            raise ValueError(f"prompt {id} ends with the end-of-sequence token, so the model has "
+                             "nothing to answer: remove it from the text or the template")
 
 
 class PromptOrder:
@@ -72,62 +105,25 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
-def is_file(source: str) -> bool:
-    return Path(source).suffix in (".jsonl", ".json", ".parquet")
-
-
-def read_columns(source: str, split: str, names: list[str]) -> dict[str, list]:
-    """The named columns as Python values. ValueError for what is missing or cannot be read."""
-    import datasets  # slow to import: Prompt is needed where datasets is not
-    datasets.disable_progress_bars()  # one for each rank, on one console
-    name, _, config = source.partition(":")
-    if not is_file(source) and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/:]+)?", source):
-        raise ValueError(f"data {source!r}: give a .jsonl, .json or .parquet file, or a hub name, "
-                         "org/name or org/name:config")
-    if is_file(source) and not Path(source).is_file():
-        raise ValueError(f"data file {source} does not exist")
-    if is_file(source) and not Path(source).stat().st_size:
-        raise ValueError(f"data file {source} is empty")
-    with tempfile.TemporaryDirectory() as cache:  # no cache survives, so none can be stale
-        try:
-            # not load_dataset("json", ...): that calls home to count its uses
-            if source.endswith(".parquet"):  # with the default batch size, no rows are an error
-                table = datasets.Dataset.from_parquet(source, cache_dir=cache, batch_size=1000)
-            elif is_file(source):
-                table = datasets.Dataset.from_json(source, cache_dir=cache)
-            else:
-                table = datasets.load_dataset(name, config or None, split=split)
-        except Exception as error:  # whatever a file or a server can do; datasets hides the cause
-            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-            if "corresponds to no data" in reason:
-                raise ValueError(f"data {source} has no rows") from error
-            raise ValueError(f"data {source} cannot be read: {reason}") from error
-        if not len(table):
-            raise ValueError(f"data {source} has no rows")
-        for column in names:
-            if column not in table.column_names:
-                raise ValueError(f"data {source} has no column {column!r}, only "
-                                 f"{', '.join(table.column_names)}: set prompt_column and "
-                                 'answer_column (answer_column = "" if there is none)')
-        return {column: table[column][:] for column in names}
-
-
 def kind(cell) -> str:
     return "missing" if cell is None else f"a {type(cell).__name__}"
 
 
 def reference(id: str, cell) -> str:
-    """An answer as text. 3.0 becomes "3": a column that mixes 3 and 0.5 is read as floats."""
+    """An answer as text: .00005 is "0.00005", and 3.0 is "3", since a column that mixes 3 and 0.5
+    is read as floats."""
     if isinstance(cell, str):
+        if not cell.strip():
+            raise ValueError(f"the answer of prompt {id} is empty; give one, or remove the row "
+                             '(answer_column = "" if there are none)')
         return cell
-    if not isinstance(cell, (int, float)) or isinstance(cell, bool):
-        # a trap: the JSON reader takes a column of text that looks like dates for dates
-        raise ValueError(f"the answer of prompt {id} is {kind(cell)}; give text or a number "
-                         "(text that a JSON reader takes for a date: use Parquet)")
-    if isinstance(cell, float) and not abs(cell) < 2**53:
-        raise ValueError(f"the answer of prompt {id} is {cell}, which a float does not hold "
-                         "exactly; give it as text")
-    return str(int(cell) if cell == int(cell) else cell)
+    if not isinstance(cell, (int, Decimal)) or isinstance(cell, bool):
+        raise ValueError(f"the answer of prompt {id} is {kind(cell)}; give text or a number")
+    if isinstance(cell, Decimal) and not (cell.is_finite() and abs(cell.adjusted()) < 400):
+        raise ValueError(f"the answer of prompt {id} is {cell}, no number that can be written out; "
+                         "give it as text")
+    text = str(cell) if isinstance(cell, int) else f"{cell:f}"
+    return (text.rstrip("0").rstrip(".") or "0") if "." in text else text
 
 
 def render(tokenizer, id: str, cell, system: str) -> str:
@@ -142,6 +138,11 @@ def render(tokenizer, id: str, cell, system: str) -> str:
         if messages[0]["role"] == "system":
             raise ValueError(f"prompt {id} has its own system message; set system = \"\"")
         messages = [{"role": "system", "content": system}] + messages
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"prompt {id} ends with a message of {messages[-1]['role']!r:.40}, not of "
+                         "user or tool: the model would see its answer; remove that message")
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"prompt {id} is empty; remove the row")
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program, and may refuse some order of roles
@@ -155,7 +156,8 @@ def end_tokens(folder: str, trust_remote_code: bool) -> list[int]:
 
     path = Path(folder)
     source = GenerationConfig if (path / "generation_config.json").exists() else AutoConfig
-    config = source.from_pretrained(folder)
+    trust = dict(trust_remote_code=trust_remote_code) if source is AutoConfig else {}
+    config = source.from_pretrained(folder, **trust)
     ids = getattr(config, "eos_token_id", None)  # composite configurations have it further down
     if ids is None and source is AutoConfig:
         ids = getattr(config.get_text_config(), "eos_token_id", None)

@@ -2,10 +2,12 @@
 
     python -m scaled.export runs/run-1/checkpoint.pt DIR             # of nano_moe_rl.py
     python -m scaled.export runs/laptop DIR                          # the newest of a scaled run
+    python -m scaled.export runs/laptop@40 DIR                       # that of update 40
     torchrun --nproc-per-node 8 -m scaled.export runs/NAME DIR       # the same on several GPUs
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,8 +28,8 @@ def transformers_twin(model: nano.Model):
         num_experts=c.experts, num_experts_per_tok=c.top_k, moe_intermediate_size=c.expert_width,
         norm_topk_prob=True,  # transformers' default is False
         tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1e4,
-        max_position_embeddings=c.max_digits + 1 + c.max_response, bos_token_id=None, eos_token_id=nano.EOS,
-        pad_token_id=nano.EOS))
+        max_position_embeddings=c.max_digits + 1 + c.max_response,
+        bos_token_id=None, eos_token_id=nano.EOS, pad_token_id=nano.EOS))
     weights = {("" if name.startswith("lm_head") else "model.") + name: weight.cpu()
                for name, weight in model.state_dict().items()}
     twin.load_state_dict(weights, strict=True)
@@ -75,43 +77,84 @@ def export_cold_start(folder: Path, seed: int):
     aside.rename(folder)
 
 
+def find_checkpoints(source: str) -> list[Path]:
+    """What runs/NAME, runs/NAME@40 or runs/NAME/update-000040 stands for, oldest first. ValueError
+    if there is none."""
+    from scaled import checkpoint
+
+    folder, at, update = source.rpartition("@")
+    path = Path(source)
+    if path.is_dir() and path in checkpoint.checkpoints(path.parent):
+        return [path]
+    if not path.exists() and at and update.isdecimal():
+        saved = checkpoint.checkpoints(Path(folder))
+        versions = {checkpoint.version_of(path): path for path in saved}
+        if int(update) in versions:
+            return [versions[int(update)]]
+        raise ValueError(f"{folder} has no checkpoint of update {update}, only of "
+                         f"{', '.join(map(str, versions)) or 'none'}")
+    if saved := checkpoint.checkpoints(path):
+        return saved
+    raise ValueError(f"{source} has no checkpoint: give a checkpoint.pt, the folder of a scaled "
+                     "run, runs/NAME@UPDATE, or the folder of one of its checkpoints")
+
+
+def export_scaled(found: list[Path], folder: Path) -> int:
+    """The newest whole one of these checkpoints as a Hugging Face folder -> its version. A
+    collective. ValueError if none is whole, or the checkpoint that its run began from is gone."""
+    from transformers import AutoTokenizer
+    from scaled import checkpoint
+    from scaled.huggingface import save_pretrained
+    from scaled.policy import load_policy
+    from scaled.ranks import RANK
+
+    path, line = checkpoint.newest_whole(found)
+    if line and RANK == 0:
+        print(f"scaled: {line}", file=sys.stderr)
+    options = json.loads((path / checkpoint.OPTIONS).read_text())
+    trust = dict(trust_remote_code=options["trust_remote_code"])
+    policy = load_policy(options["checkpoint"], precision="fp32", logits_bytes=1,
+                         gradient_checkpointing=False, cpu_offload=options["cpu_offload"],
+                         device=nano.DEVICE, **trust)
+    version = checkpoint.load(path, policy, None)
+    tokenizer = AutoTokenizer.from_pretrained(options["checkpoint"], **trust)
+    save_pretrained(policy, folder, tokenizer)
+    return version
+
+
 def main(argv: list[str]) -> int:
     from scaled.ranks import RANK, Ranks, refuse
 
     if len(argv) != 2:
         refuse("give a checkpoint and a new folder: python -m scaled.export CHECKPOINT DIR")
     source, folder = Path(argv[0]), Path(argv[1])
-    if folder.exists():
+    if os.path.lexists(folder):
         refuse(f"{folder} exists: give a new folder")
-    if source.is_file():
+    if os.path.isfile(source):
         if RANK == 0:
             try:
-                state = torch.load(source, map_location="cpu")
+                state = torch.load(source, map_location="cpu", weights_only=True)
                 model = nano.Model(nano.Config(**state["config"]))
                 model.load_state_dict(state["model"])
+                updates = state["rows"][-1]["update"]
             except Exception as error:
                 refuse(f"{source} is no checkpoint of nano_moe_rl.py: {error}")
             export_nano(model, folder)
-            print(f"{folder} has the policy after {len(state['rows'])} updates")
+            print(f"{folder} has the policy after {updates} updates")
         return 0
-
-    from transformers import AutoTokenizer
-    from scaled import checkpoint
-    from scaled.huggingface import save_pretrained
-    from scaled.policy import load_policy
-
-    if not (saved := checkpoint.checkpoints(source)) or not (source / "config.json").exists():
-        refuse(f"{source} has no checkpoint: give a checkpoint.pt, or the folder of a scaled run")
-    options = json.loads((source / "config.json").read_text())
+    try:
+        found = find_checkpoints(argv[0])
+    except (ValueError, OSError) as error:
+        refuse(str(error))
     ranks = Ranks()
     try:
-        policy = load_policy(options["checkpoint"], precision="fp32", logits_bytes=1,
-                             gradient_checkpointing=False, cpu_offload=options["cpu_offload"],
-                             trust_remote_code=options["trust_remote_code"], device=nano.DEVICE)
-        version = checkpoint.load(saved[-1], policy, None)
-        save_pretrained(policy, folder, AutoTokenizer.from_pretrained(options["checkpoint"]))
+        version = export_scaled(found, folder)
     except ValueError as error:
         ranks.fail(str(error), code=2)
+    except OSError as error:  # a full disk
+        ranks.fail(f"rank {RANK}: {error}; {folder} is not complete: remove it", 1)
+    except BaseException as error:
+        ranks.fail(f"rank {RANK}: {type(error).__name__}: {error}", 1, error)
     if RANK == 0:
         print(f"{folder} has the policy after {version} updates")
     ranks.end()

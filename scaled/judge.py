@@ -1,97 +1,109 @@
-"""The process in which math_verify judges answers: `python -m scaled.judge SECONDS` reads one JSON
-line [reference, text] after another, until its input ends, and prints a verdict on each.
-"""
-import ast
-import json
-import logging
-import os
+"""Whether a response has the reference's answer. A worker judges, since no formula of a stranger
+can be trusted to end, or to fit into memory."""
 import re
 import resource
-import signal
-import sys
-from functools import partial
+from functools import lru_cache
+
+from scaled.algebra import Formula, Unknown, read
+from scaled.answers import Answer, final_answer, normal, unit_name
+from scaled.equality import carried_out, same
+
+LONGEST = 5000  # characters of an answer
+CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:])(.*)")
+MEMORY = 4 << 30  # bytes, for what grows
+NAMED = re.compile(r"([a-zA-Z]{2,}|[a-zA-Z]\([a-z]\)|[a-zA-Z])=([^=<>≤≥≠]+)")
+PERCENT = unit_name("%")
 
 
-def serve(seconds: float):
-    """What a process of MathVerify does: lines of [reference, text] in, verdicts out."""
-    import math_verify
-    import math_verify.parser
-    import sympy.physics.units  # noqa: F401  otherwise imported late, and its import needs eval
-    from sympy.parsing import sympy_parser
-    # sympy reads every number by eval, and a plain sum such as "1/2+3" too. No text of a model is
-    # ever run here: what would be goes to arithmetic instead.
-    sympy_parser.eval_expr = arithmetic
-    math_verify.parser.parse_expr_cached = partial(arithmetic, evaluate=False)
-
-    def parse(text: str) -> list:
-        return math_verify.parse(text, parsing_timeout=None, raise_on_error=True)
-
-    logging.disable()  # math_verify warns that it has no time limit: it has ours
-    parse("$\\frac{1}{2}$")  # the first one builds tables
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, and then input ends
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler: the kernel ends the process
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes, for what grows
-    verdicts, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # parsers print what they think of an input
-    print("ready", file=verdicts, flush=True)
-    for line in sys.stdin:
-        reference, text = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            gold = parse(as_latex(reference))
-            right = bool(gold) and math_verify.verify(
-                gold, parse(text), timeout_seconds=None, raise_on_error=True)
-            verdict = "reference" if not gold else "right" if right else "wrong"
-        except Exception:
-            verdict = "error"
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(verdict, file=verdicts, flush=True)
+def verdict(reference: str, text: str | None) -> str:
+    """right, wrong or error, in a worker. None is the reference itself, in a box."""
+    limit_memory()
+    if text is None:
+        text = f"\\boxed{{{final_answer(reference, True)}}}"
+    try:
+        return "right" if right(reference, text) else "wrong"
+    except Exception:  # sympy can raise anything
+        return "error"
 
 
-def as_latex(reference: str) -> str:
-    """A reference answer as math_verify recognises it: what follows GSM8K's ####, as a formula
-    unless it has one. Bare \\sqrt{2} or (1, 2) would not be found, or only a number in it."""
-    answer = reference.rpartition("####")[2].strip()
-    return answer if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer) else f"${answer}$"
+@lru_cache
+def limit_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def arithmetic(code: str, *_, evaluate: bool = True):
-    """A sympy expression of numbers, + - * / ** and parentheses; a number or symbol can also be
-    written as sympy does, Integer(42). ValueError or SyntaxError for anything else."""
-    import sympy
-    code = code.strip()
-
-    def build(node):
-        match node:
-            case ast.Constant(value=int(value)) if not isinstance(value, bool):
-                return sympy.Integer(value)
-            case ast.Constant(value=float()):
-                return sympy.Float(ast.get_source_segment(code, node))
-            case ast.Call(func=ast.Name(id="Integer" | "Float" | "Symbol" as name),
-                          args=[ast.Constant(value=value)], keywords=[]):
-                return getattr(sympy, name)(value)
-            case ast.UnaryOp(op=ast.UAdd(), operand=x):
-                return build(x)
-            case ast.UnaryOp(op=ast.USub(), operand=x):
-                return negative(build(x))
-            case ast.BinOp(left=x, op=ast.Add(), right=y):
-                return sympy.Add(build(x), build(y), evaluate=evaluate)
-            case ast.BinOp(left=x, op=ast.Sub(), right=y):
-                return sympy.Add(build(x), negative(build(y)), evaluate=evaluate)
-            case ast.BinOp(left=x, op=ast.Mult(), right=y):
-                return sympy.Mul(build(x), build(y), evaluate=evaluate)
-            case ast.BinOp(left=x, op=ast.Div(), right=y):
-                inverse = sympy.Pow(build(y), -1, evaluate=evaluate)
-                return sympy.Mul(build(x), inverse, evaluate=evaluate)
-            case ast.BinOp(left=x, op=ast.Pow(), right=y):
-                return sympy.Pow(build(x), build(y), evaluate=evaluate)
-        raise ValueError(f"not arithmetic: {code:.80}")
-
-    def negative(x):
-        return sympy.Mul(-1, x, evaluate=evaluate or x.is_Number)
-
-    return build(ast.parse(code, mode="eval").body)
+def right(reference: str, text: str) -> bool:
+    """Whether the final answer of `text` is the reference: the same text in the normal spelling,
+    the same choice, or the same formula, with nothing left to do."""
+    gold, given = answer_of(reference, True), normal(final_answer(text)[:LONGEST + 1])
+    if not any(c.isalnum() or c in "∞∅" for c in gold.text) or len(gold.text) > LONGEST:
+        return False  # no answer at all
+    if not given.text or len(given.text) > LONGEST:
+        return False
+    if PERCENT in (gold.unit, given.unit) and gold.unit != given.unit:
+        return right_percent(gold, given)
+    if gold.unit and given.unit and gold.unit != given.unit:
+        return False  # where one has no unit it goes without saying
+    if choice := re.fullmatch(r"([A-J])|\(?([A-J])\).*", gold.text):
+        return letter(given.text) == (choice[1] or choice[2])
+    gold_text, given_text = without_names(gold.text, given.text)
+    if key(gold_text) == key(given_text):
+        return True
+    gold_formula, formula = meaning(gold_text), meaning(given_text)
+    return (gold_formula is not None and formula is not None
+            and carried_out(formula, gold_formula) and same(gold_formula.value, formula.value))
 
 
-if __name__ == "__main__":
-    serve(float(sys.argv[1]))
+@lru_cache(maxsize=256)  # a group has one reference
+def answer_of(text: str, reference: bool) -> Answer:
+    return normal(final_answer(text, reference))
+
+
+@lru_cache(maxsize=256)
+def meaning(text: str) -> Formula | None:
+    try:
+        return read(text)
+    except Unknown:
+        return None
+
+
+def letter(text: str) -> str:
+    """The letter of a multiple choice: B, (B), "B) 42"; not of "B) or C)"."""
+    if re.fullmatch("[A-J]", text):
+        return text
+    found = CHOICE.fullmatch(text)
+    more = found and re.search(r"(?<![a-zA-Z])[A-Z](?![a-zA-Z])|,", found[2])
+    return found[1] if found and not more else ""
+
+
+def without_names(gold: str, given: str) -> tuple[str, str]:
+    """"Area = 5" is 5, unless both sides are equations of different names."""
+    a, b = (found if (found := NAMED.fullmatch(text)) and found[1] not in found[2] else None
+            for text in (gold, given))
+    if a and b:
+        return (a[2], b[2]) if a[1] == b[1] else (gold, given)
+    if re.search("[=<>≤≥≠]", gold if b else given):
+        return gold, given
+    return a[2] if a else gold, b[2] if b else given
+
+
+def key(text: str) -> str:
+    """Words of three letters or more, and no, are the same in small and capital letters; genotypes
+    such as Aa and AA, and variables, are not."""
+    if not re.fullmatch(r"(?:[A-Z]?[a-z]+|[A-Z]+|[ ,'-])+", text):
+        return text
+    return re.sub(r"(?i)[a-z]{3,}|\bno\b", lambda word: word[0].casefold(), text)
+
+
+def right_percent(gold: Answer, given: Answer) -> bool:
+    """50% is one half. "What percentage?" may also be answered without the sign, and a reference
+    above 1 has then left it out."""
+    if gold.unit and given.unit:
+        return False  # percent and dollars
+    formulas = [meaning(gold.text), meaning(given.text)]
+    if not all(f and f.work <= {"divide"} and getattr(f.value, "is_Rational", False)
+               for f in formulas):
+        return False
+    a, b = (f.value for f in formulas)
+    if gold.unit:
+        return b in (a, a / 100)
+    return b == (a if abs(a) > 1 else 100 * a)

@@ -30,7 +30,7 @@ class _Head(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs: Tensor, _):
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight, grad_bias = (  # fp32: a sum of many chunks would lose its bf16 end
+        grad_hidden, grad_weight, grad_bias = (  # fp32: a sum of many chunks would lose bf16's end
             torch.zeros_like(x, dtype=torch.float32) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad))
         for start in range(0, len(hidden), ctx.chunk):

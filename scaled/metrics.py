@@ -1,4 +1,4 @@
-"""Sums and counts of a mini-batch, so that a mean over ranks is not a mean of means; time; memory."""
+"""Sums and counts of a mini-batch, so that a mean over ranks is no mean of means; time; memory."""
 
 import resource
 import time
@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_moe_rl import (DEVICE, Rollout, effective_sample_size, extreme_token_fraction, kl_k3,
-                         routing_agreement)
+from nano_moe_rl import DEVICE, Rollout, extreme_token_fraction, kl_k3, routing_agreement
 
 
 class Sums:
-    """Weighted sums by name; `means` is the same number on every rank."""
+    """Weighted sums and counts by name; `over_ranks` is the same on every rank."""
 
     def __init__(self):
-        self.totals: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}  # the sums, and last what to divide them by
+        self.counted: set[str] = set()  # not divided
 
     def add(self, name: str, mean, count):
         """A mean, () or (n,), over `count` of something."""
@@ -25,12 +25,16 @@ class Sums:
         row = torch.cat([mean.reshape(-1) * count, torch.tensor([count], dtype=torch.float64)])
         self.totals[name] = self.totals.get(name, 0) + row
 
+    def count(self, name: str, number: int):
+        """So many of something on this rank."""
+        self.counted.add(name)
+        self.add(name, number, 1)
+
     def add_pass(self, part: Rollout, logprobs, old_logprobs, entropies, routing, gate):
         """What one training forward says, before its update: the metrics of nano_moe_rl."""
         mask, mu = part.mask, part.rollout_logprobs
         tokens, fed, rows = int(mask.sum()), int(part.fed.sum()), len(mask)
-        log_weights = logprobs - mu
-        weights = log_weights[mask].double().exp().sum()
+        weights = (logprobs - mu)[mask].double().exp()
         self.add("reward", part.rewards.mean(), rows)
         self.add("response_length", (part.lengths - part.prompt_lengths).double().mean(), rows)
         self.add("entropy", entropies[mask].mean(), tokens)
@@ -38,36 +42,56 @@ class Sums:
         self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
         self.add("extreme_token_fraction", extreme_token_fraction(old_logprobs, mu, mask), tokens)
         self.add("clip_fraction", 1 - gate[mask].double().mean(), tokens)
-        self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
-        self.add("weight", weights / tokens, tokens)  # these two make the effective sample size
-        squares = weights**2 / (tokens**2 * effective_sample_size(log_weights, mask))
-        self.add("squared_weight", squares, tokens)
+        if routing is not None:
+            self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
+        self.add("weight", weights.mean(), tokens)  # these two make the effective sample size
+        self.add("squared_weight", weights.square().mean(), tokens)
 
-    def means(self) -> dict:
-        """Name -> mean over all ranks, a float or a list. A collective: all ranks have the same names."""
+    def over_ranks(self) -> dict:
+        """Name -> mean, a float or a list, or the number of what was counted, of all ranks. A
+        collective: all ranks have the same names."""
         names = sorted(self.totals)
         flat = torch.cat([self.totals[name] for name in names]).to(DEVICE)
         if dist.is_initialized():
             dist.all_reduce(flat)
-        parts = flat.cpu().split([len(self.totals[name]) for name in names])
-        means = {name: (part[:-1] / part[-1]) for name, part in zip(names, parts)}
+        parts = dict(zip(names, flat.cpu().split([len(self.totals[name]) for name in names])))
+        counts = {name: round(parts.pop(name)[0].item()) for name in self.counted}
+        means = {name: part[:-1] / part[-1] for name, part in parts.items()}
         if "weight" in means:
             means["effective_sample_size"] = means.pop("weight")**2 / means.pop("squared_weight")
-        return {name: x.tolist() if len(x) > 1 or name == "routing_agreement" else x.item()
-                for name, x in means.items()}
+        return counts | {
+            name: x.tolist() if len(x) > 1 or name == "routing_agreement" else x.item()
+            for name, x in means.items()}
+
+
+def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_counts: dict) -> dict:
+    """Of a rollout batch, of which every rank has its rows, whatever is trained on it. `ends` are
+    the tokens that end a response; reward_counts: what the reward counted on this rank, by name."""
+    sums, rows = Sums(), len(batch.tokens)
+    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
+    cut = (batch.lengths - batch.prompt_lengths == max_response) & ~torch.isin(
+        last, torch.tensor(ends))
+    sums.add("truncation_rate", cut.double().mean(), rows)
+    sums.count("tokens", int(batch.lengths.sum()))
+    sums.count("missing_routes", missing_routes(batch))
+    for name, number in reward_counts.items():
+        sums.count(f"reward_{name}", number)
+    return sums.over_ranks()
 
 
 def missing_routes(rollout: Rollout) -> int:
-    """(token, layer) pairs of fed tokens whose experts are not all different: no route came. 0 unless
-    something between the engine, which refuses them itself, and the trainer loses routes."""
+    """(token, layer) pairs of fed tokens whose experts are not all different: no route came. 0
+    unless something between the engine, which refuses them, and the trainer loses routes."""
+    if rollout.routing is None:  # a family without replay
+        return 0
     return sum(int((routes[fed].sort(-1).values.diff() == 0).any(-1).sum())  # a row at a time: in
                for routes, fed in zip(rollout.routing, rollout.fed))  # sort an id takes 9 bytes
 
 
 def peak_memory(engine: int = 0) -> float:
     """GiB: on a GPU the most that torch had allocated since the last call, without the bytes of the
-    engine, which torch counts also while it sleeps; else the most that the process ever occupied. The
-    largest of all ranks; a collective."""
+    engine, which torch counts also while it sleeps; else the most that the process ever occupied.
+    The largest of all ranks; a collective."""
     if DEVICE == "cuda":
         peak = (torch.cuda.max_memory_allocated() - engine) / 2**30
         torch.cuda.reset_peak_memory_stats()
@@ -80,7 +104,7 @@ def peak_memory(engine: int = 0) -> float:
 
 
 class Phases:
-    """Seconds of each phase of a rollout batch on this rank, and a bar over updates that names them."""
+    """Seconds of each phase of a rollout batch on this rank; a bar over updates names the phase."""
 
     def __init__(self, total: int, done: int, silent: bool):
         self.seconds: dict[str, float] = {}

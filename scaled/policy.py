@@ -15,7 +15,8 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from scaled.huggingface import read_weights, stays_fp32, tensor_files
+from scaled.families import logits_scale, stays_fp32
+from scaled.huggingface import read_weights, reset_buffers, tensor_files
 from scaled.logprobs import head_logprobs
 
 class Policy(nn.Module):
@@ -32,16 +33,16 @@ class Policy(nn.Module):
         logprobs (B, T) of token t + 1, entropies (B, T), fp32; both are 0 on padding.
         ValueError if padding is not on the right."""
         # No attention mask: no token looks to its right, where the padding is, and without one
-        # attention needs no (T, T) tensor (but where it is eager, as gpt-oss's can be). This is also why padding anywhere else is refused.
+        # attention needs no (T, T) tensor (but where it is eager, as gpt-oss's can be). So padding
+        # anywhere else is refused.
         if (fed[:, 1:] & ~fed[:, :-1]).any():
             raise ValueError("fed: padding has to be on the right of every row")
         hidden = self.model.base_model(  # padding may hold any id, also one that has no embedding
             input_ids=tokens[:, :-1].masked_fill(~fed, 0), use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
-        scale = 1 / getattr(self.model.config, "logits_scaling", 1.0)  # Granite divides its logits
         logprobs, entropies = head_logprobs(
             hidden[fed][None], head.weight, tokens[:, 1:][fed][None], temperature,
-            self.logits_bytes, scale, head.bias)
+            self.logits_bytes, logits_scale(self.model.config), head.bias)
         blank = torch.zeros(fed.shape, device=fed.device)
         return blank.masked_scatter(fed, logprobs), blank.masked_scatter(fed, entropies)
 
@@ -70,7 +71,8 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
                                                  trust_remote_code=trust_remote_code)
     if not any(".experts." in name for name, _ in model.named_parameters()):
         raise ValueError(f"{folder} is no Mixture of Experts: model_type {config.model_type!r}")
-    model.set_experts_implementation(experts)
+    if model._can_set_experts_implementation():  # other classes have a single one
+        model.set_experts_implementation(experts)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     policy = Policy(model.eval(), logits_bytes)
@@ -112,13 +114,4 @@ def _materialise(policy: Policy, cpu_offload: bool, device):
     """From the meta device to memory. Parameters and saved buffers hold anything until read."""
     policy.to_empty(device="cpu" if cpu_offload else device)
     policy.model.tie_weights()  # to_empty made two tensors of a tied one
-    for name, module in policy.model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = buffer = buffer.to(device)
-            if key in module._non_persistent_buffers_set:
-                buffer.fill_(torch.nan)
-        if module._non_persistent_buffers_set:  # rotary frequencies: computed, never saved
-            policy.model._init_weights(module)
-            if any(b.isnan().any() for b in module.buffers(recurse=False)):
-                raise ValueError(f"{name} has buffers that {type(policy.model).__name__} cannot "
-                                 "initialise again: this model cannot be loaded in shards")
+    reset_buffers(policy.model, device)

@@ -1,9 +1,13 @@
 """The processes of a run: one group, one voice, one end."""
 
 import os
+import select
+import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -13,14 +17,17 @@ from nano_moe_rl import DEVICE
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TIMEOUT = timedelta(hours=1)  # of a collective; others may be grading long responses
-POLL = 0.5  # seconds between two looks at whether another rank has failed
+POLL = 0.5  # seconds between two looks at whether another rank has failed, and two signs of life
+# Seconds without a sign of life, after which a rank is taken to have ended: when there is reason to
+# think so, and when there is none but that NCCL, unlike gloo, would never tell.
+SILENCE, LOST = 12.0, 600.0
 
 
 def refuse(message: str):
     """Ends this process with code 2. For what all ranks find out by themselves, before they form a
     group: rank 0 says it in one line, the others wait until torchrun ends them."""
     if RANK == 0:
-        print(f"scaled: {message}", file=sys.stderr, flush=True)
+        print(f"scaled: {' '.join(message.split())}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)
     sys.exit(2)
@@ -28,9 +35,16 @@ def refuse(message: str):
 
 class Ranks:
     """The default process group, gloo and on GPUs also NCCL. When one rank fails the others sit in
-    collectives that never end; a thread on each looks out for that and ends the process."""
+    collectives that never end, and deaf to signals; a thread on each looks out for that, for
+    signals, and for the end of torchrun, and ends the process."""
 
-    def __init__(self):
+    def __init__(self, remedy: str = ""):
+        """remedy: what to do after Ctrl-C or a rank that is gone, "; --resume NAME goes on"."""
+        self.remedy, self.over = remedy, False
+        self.patient = self.stopping = False  # whether somebody asks stop_asked; SIGTERM has come
+        self.leave = lambda: None  # what is to be done before this process ends
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it in the middle of a meeting, too
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
@@ -47,33 +61,125 @@ class Ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
                                 store=store, rank=RANK, world_size=WORLD,
                                 timeout=TIMEOUT)
-        self.store, self.over = store.clone(), False
+        self.store = store.clone()
+        # Signals wake the thread by this: a handler would have to wait until the main thread is
+        # back from whatever collective it is in, and an exception could come up anywhere, also in
+        # the middle of ending.
+        self.signals, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno())
+        self.wake = wake  # closed if it were garbage
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, daemon=True).start()
 
+    # ------------------------------------------------------------------- what the thread does
     def _watch(self):
-        while not self.store.check(["failure"]):
-            time.sleep(POLL)
+        seen = {}
+        try:
+            while not self.over and not self.store.check(["failure"]):
+                self.store.add(f"alive {RANK}", 1)
+                for number in self._signals():
+                    if number == signal.SIGINT:
+                        self._announce(f"130 stopped by Ctrl-C{self.remedy}")
+                    if number == signal.SIGTERM and not self.patient:
+                        self._announce(f"143 stopped by SIGTERM{self.remedy}")
+                    self.stopping |= number == signal.SIGTERM
+                # torchrun sends SIGTERM also when a rank has died: it will never get to the end
+                limit = SILENCE if self.stopping else LOST
+                if (self.stopping or RANK < 2) and (gone := self._gone(seen, limit)):
+                    self._announce(f"1 {self._obituary(gone)}")
+                if self.launcher and os.getppid() != self.launcher:
+                    raise RuntimeError("no launcher")
             if self.over:
                 return
-        code, _, message = self.store.get("failure").decode().partition(" ")
+            self._end(*self.store.get("failure").decode().split(" ", 1))
+        except RuntimeError:  # the store is gone, and with it who kept it
+            if not self.over:
+                if RANK == 0:
+                    self._say(f"torchrun has ended, and all ranks with it{self.remedy}")
+                elif RANK == 1 and not self.launcher:
+                    self._say(self._obituary([0]))
+                self.leave()
+                os._exit(1)
+
+    def _signals(self) -> bytes:
+        """Those that come within POLL seconds."""
+        ready, _, _ = select.select([self.signals], [], [], POLL)
+        return self.signals.recv(64) if ready else b""
+
+    def _gone(self, seen: dict[int, tuple[int, float]], limit: float) -> list[int]:
+        """Ranks without a sign of life for so many seconds; `seen` is what earlier calls saw."""
+        now = time.monotonic()
+        for rank, signs in enumerate(self._signs()):
+            if rank not in seen or seen[rank][0] != signs:
+                seen[rank] = signs, now
+        return [rank for rank, (_, since) in seen.items() if now - since > limit]
+
+    def _obituary(self, gone: list[int]) -> str:
+        return (f"rank {', '.join(map(str, gone))} ended without a word: killed, perhaps for "
+                f"memory, or by code that it ran{self.remedy}")
+
+    def _announce(self, failure: str):
+        """A code and a line: how all ranks end, unless another was first."""
+        self.store.compare_set("failure", "", " ".join(failure.split()))
+
+    def _say(self, message: str):
+        print(f"\nscaled: {message.strip()}", file=sys.stderr, flush=True)
+
+    def _end(self, code: str, message: str):
         if RANK == 0:
-            print(f"\nscaled: {message}", file=sys.stderr, flush=True)
+            self._say(message)
             self.store.set("said", "")
         else:
             deadline = time.monotonic() + 5
             while not self.store.check(["said"]) and time.monotonic() < deadline:
                 time.sleep(POLL / 5)
+            if not self.store.check(["said"]) and self.store.add("voices", 1) == 1:
+                self._say(message)  # rank 0 is gone
+                self.store.set("said", "")
+        self.leave()
         os._exit(int(code))  # the main thread may never come back from a collective
 
-    def fail(self, message: str, code: int):
-        """Ends all ranks; rank 0 prints the line of whoever came first. Does not return."""
-        self.store.compare_set("failure", "", f"{code} {' '.join(message.split())}")
+    # --------------------------------------------------------------------- for the main thread
+    def fail(self, message: str, code: int, error: BaseException | None = None):
+        """Ends all ranks; rank 0 prints the line of whoever came first, after the traceback of its
+        error, if one is given. Does not return."""
+        try:
+            # an error in a collective is how a rank hears that another has died
+            if gone := self._missing():
+                message, error, code = self._obituary(gone), None, 1
+            if self.store.compare_set("first", "", str(RANK)) == str(RANK).encode():
+                if error is not None:
+                    traceback.print_exception(error)
+                self._announce(f"{code} {message}")
+        except RuntimeError:  # the store is gone: the thread finds that out, too
+            pass
         time.sleep(60)  # the thread ends the process long before
         os._exit(code)
+
+    def _missing(self) -> list[int]:
+        """Ranks that give no sign of life within SILENCE seconds."""
+        before, until = self._signs(), time.monotonic() + SILENCE
+        gone = list(range(WORLD))
+        while gone and time.monotonic() < until:
+            time.sleep(POLL / 5)
+            gone = [rank for rank, signs in enumerate(self._signs()) if signs == before[rank]]
+        return gone
+
+    def _signs(self) -> list[int]:
+        return [self.store.add(f"alive {rank}", 0) for rank in range(WORLD)]
+
+    def stop_asked(self) -> bool:
+        """Whether SIGTERM has come, to any rank. A collective."""
+        asked = torch.tensor(float(self.stopping), device=DEVICE)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
 
     def end(self):
         """After all work. Every rank waits for the others, so that none finds the store gone."""
         dist.barrier()
         self.over = True
+        self.leave()
         time.sleep(2 * POLL)
         dist.destroy_process_group()

@@ -6,88 +6,19 @@
 
 Only the selection is given. Scoring (softmax or sigmoid, groups, correction bias), weighting and
 the router's gradient stay those of the family, because its own forward runs around the answer.
-Everything that depends on a model family is in this file. N is B·T here, padding included.
+Which routers a model has is in families.py. N is B·T here, padding included.
 """
-import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# ----------------------------------------------------------------------------------- Families
-def every_layer(config) -> list[int]:
-    return list(range(config.num_hidden_layers))
+from scaled.families import knows, route_shape, routers
 
-def after_dense(config) -> list[int]:
-    return every_layer(config)[config.first_k_dense_replace:]
-
-def sparse_step(config) -> list[int]:
-    return [i for i in every_layer(config) if (i + 1) % config.decoder_sparse_step == 0
-            and i not in config.mlp_only_layers and config.num_experts > 0]
-
-def interval(config) -> list[int]:
-    inside = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
-    return [i for i in every_layer(config)
-            if (i + 1) % config.moe_layer_interval == 0 and i in inside]
-
-# The allow-list, by config.model_type: router class, its E in the config, which layers are MoE.
-FAMILIES: dict[str, tuple[str, str, Callable]] = {
-    "qwen2_moe": ("Qwen2MoeTopKRouter", "num_experts", sparse_step),
-    "qwen3_moe": ("Qwen3MoeTopKRouter", "num_experts", sparse_step),
-    "qwen3_next": ("Qwen3NextTopKRouter", "num_experts", sparse_step),
-    "qwen3_5_moe_text": ("Qwen3_5MoeTopKRouter", "num_experts", every_layer),
-    "mixtral": ("MixtralTopKRouter", "num_local_experts", every_layer),
-    "olmoe": ("OlmoeTopKRouter", "num_experts", every_layer),
-    "deepseek_v2": ("DeepseekV2TopkRouter", "n_routed_experts", after_dense),
-    "deepseek_v3": ("DeepseekV3TopkRouter", "n_routed_experts", after_dense),
-    "glm4_moe": ("Glm4MoeTopkRouter", "n_routed_experts", after_dense),
-    "gpt_oss": ("GptOssTopKRouter", "num_local_experts", every_layer),
-    "granitemoe": ("GraniteMoeTopKRouter", "num_local_experts", every_layer),
-    "minimax_m2": ("MiniMaxM2TopKRouter", "num_local_experts", every_layer),
-    "ernie4_5_moe": ("Ernie4_5_MoeTopKRouter", "moe_num_experts", interval),
-    "dots1": ("Dots1TopkRouter", "n_routed_experts", after_dense),
-}
-
-def text_config(config):
-    """The part that describes the language model. ValueError for a family that is not listed."""
-    config = config.get_text_config()
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"routing replay does not know model_type {config.model_type!r}; it knows "
-                         f"{', '.join(FAMILIES)}")
-    return config
-
-def moe_layers(config) -> list[int]:
-    """Decoder layers that have a router, ascending. ValueError: unknown family, or none has."""
-    config = text_config(config)
-    if not (layers := FAMILIES[config.model_type][2](config)):
-        raise ValueError(f"routing replay: this {config.model_type} config has no MoE layer")
-    return layers
-
-def route_shape(config) -> tuple[int, int, int]:
-    """(L, A, E): MoE layers, experts a token, experts. ValueError as in moe_layers."""
-    layers, config = moe_layers(config), text_config(config)
-    return len(layers), config.num_experts_per_tok, getattr(config, FAMILIES[config.model_type][1])
-
-def routers(model: nn.Module) -> dict[int, nn.Module]:
-    """Index of the decoder layer -> its router, ascending; dense layers have none. ValueError as in
-    moe_layers, or if the modules are not those that the config promises."""
-    layers, family = moe_layers(model.config), text_config(model.config).model_type
-    package = family.removesuffix("_text")
-    modeling = import_module(f"transformers.models.{package}.modeling_{package}")
-    kind = getattr(modeling, FAMILIES[family][0])
-    # by the name, never by counting; wrappers may add components to it, fully_shard a subclass
-    found = [(int(re.findall(r"\blayers\.(\d+)\.", name)[-1]), module)
-             for name, module in model.named_modules() if isinstance(module, kind)]
-    if [layer for layer, _ in found] != layers:
-        raise ValueError(f"routing replay: this {family} has a {kind.__name__} in layers "
-                         f"{[layer for layer, _ in found]}, its config says {layers}; load it with "
-                         "transformers' own class")
-    return dict(found)
-
-# ------------------------------------------------------------------------------------- Replay
 class _Selection(TorchFunctionMode):
     """Answers the top-A over (N, E) scores with select(live (N, A)) -> (N, A) and their scores.
     Top-k of other shapes, as over groups of experts, are left alone."""
@@ -205,3 +136,11 @@ class RoutingReplay:
             self.replay = self.replay.to(live.device)  # narrow; once, all layers
             chosen = self.replay[:, column]
         return chosen.long().where(self.mask, self.spread.long())
+
+
+def routed(model: nn.Module, replay: Tensor | None, mask: Tensor):
+    """A RoutingReplay. For a family whose routers are not known, and without replay, a context that
+    does nothing, with None for its routing."""
+    if replay is None and not knows(model.config):
+        return nullcontext(SimpleNamespace(routing=None))
+    return RoutingReplay(model, replay, mask)

@@ -1,40 +1,56 @@
 """Rewards. A reward is f(prompts, texts, tokens) -> list of float: one call a rollout batch, one
 prompt, response text and list of response token ids for each response."""
 import importlib
-import importlib.util
-import json
 import os
 import queue
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import lru_cache
 
+from scaled.answers import last_box
 from scaled.data import Prompt
+from scaled.worker import Ended, Worker
 
 Score = Callable[[list[Prompt], list[str], list[list[int]]], list[float]]
+SECONDS = 5.0  # for one answer to be judged
 
 
-def load_reward(name: str, seconds: float = 5.0) -> Score:
-    """math_verify (`seconds` is its time limit for an answer), exact_match, running_sum, or any
-    "module:function". ValueError if there is no such function."""
-    if name == "math_verify":
-        return MathVerify(seconds)
+def load_reward(name: str, seconds: float = 600.0) -> Score:
+    """math, exact_match, running_sum, or any "module:function", which has `seconds` for a call.
+    ValueError if there is no such function."""
+    if name == "math":
+        return Math()
     if name in (ours := {"exact_match": exact_match, "running_sum": running_sum}):
         return ours[name]
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(f"reward {name!r}: give math_verify, exact_match, running_sum, or "
+        raise ValueError(f"reward {name!r}: give math, exact_match, running_sum, or "
                          "module:function")
+    reward = Own(name, seconds)
     try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # an import runs code, which can raise anything
-        raise ValueError(f"reward {name}: {module} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"reward {name}: {module} has no function {function}")
-    return found
+        reward([], [], [])
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return reward
+
+
+def check_reward(reward: Score, prompts: list[Prompt]):
+    """ValueError for the first prompt that the reward cannot judge. One's own function is tried on
+    the first 8 prompts, with empty responses."""
+    if reward is running_sum:
+        reward(prompts, [""] * len(prompts), [[0]] * len(prompts))
+    elif isinstance(reward, Own):
+        try:
+            grade(reward, prompts[:8], [""] * len(prompts[:8]), [[0]] * len(prompts[:8]))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+    else:
+        boxes = [f"\\boxed{{{require_reference(prompt)}}}" for prompt in prompts]
+        judge = reward.judge_references if isinstance(reward, Math) else exact_match
+        for prompt, right in zip(prompts, judge(prompts, boxes, [[]] * len(prompts))):
+            if right != 1:
+                raise ValueError(f"the reference {prompt.answer!r:.200} of prompt {prompt.id} in a "
+                                 "box would not get reward 1: correct it, or remove the row")
 
 
 def grade(reward: Score, prompts: list[Prompt], texts: list[str],
@@ -89,22 +105,16 @@ def exact_match(prompts: list[Prompt], texts: list[str], tokens: list[list[int]]
 
 
 def final_answers(text: str) -> tuple[str, ...]:
-    lines = text.strip().splitlines() or [""]
-    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
-    if start < len("\\boxed{"):
-        return lines[-1].strip(), text.strip()
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return (text[start:end].strip(),)
-    return ()  # a box that never closes: cut off
+    if (box := last_box(text)) is not None:
+        return (box.strip(),) if box else ()  # () for a box that never closes: cut off
+    return (text.strip().splitlines() or [""])[-1].strip(), text.strip()
 
 
 # --------------------------------------------------------------------------------- running_sum
 def running_sum(prompts: list[Prompt], texts: list[str], tokens: list[list[int]]) -> list[float]:
     """The task of nano_moe_rl.py by its own grade, for a tokenizer with its vocabulary. ValueError
     for a prompt that is not digits and "="."""
-    import torch  # not at the top: the processes of math_verify do without
+    import torch  # not at the top: the processes of rewards do without
     import nano_moe_rl as nano
     for prompt in prompts:
         digits, end = prompt.tokens[:-1], prompt.tokens[-1:]
@@ -117,23 +127,15 @@ def running_sum(prompts: list[Prompt], texts: list[str], tokens: list[list[int]]
                       torch.tensor([len(row) for row in rows])).tolist()
 
 
-# --------------------------------------------------------------------------------- math_verify
-class MathVerify:
-    """1.0 where math_verify finds the reference answer and the response equal. An exception in it
-    and an answer that takes more than `seconds` give 0.0, counted in `errors` and `timeouts`.
+# ---------------------------------------------------------------------------------------- math
+class Math:
+    """1.0 where the final answer is the reference, as `judge.py` understands both. An exception in
+    it and an answer that takes more than `seconds` give 0.0, counted in `errors` and `timeouts`."""
+    __name__ = "math"
 
-    math_verify's own limit is a Python signal handler: main thread only, and never inside one
-    long C call. Here the answer is judged in another process, which the kernel kills when its
-    alarm rings. It is started by exec, so it is safe beside CUDA and threads; it knows neither
-    torch nor this program's memory; and it ends with its input, however this program ends."""
-    __name__ = "math_verify"
-
-    def __init__(self, seconds: float = 5.0, workers: int | None = None):
+    def __init__(self, seconds: float = SECONDS, workers: int | None = None):
         if not seconds > 0:
-            raise ValueError(f"math_verify: a time limit of {seconds} seconds; give more than 0")
-        if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("reward math_verify: the package math-verify is missing; pip install "
-                             "-r scaled/requirements.txt")
+            raise ValueError(f"math: a time limit of {seconds} seconds; give more than 0")
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: they share the cores
         self.size = workers or min(8, max(1, len(os.sched_getaffinity(0)) // ranks))
         self.seconds, self.errors, self.timeouts = seconds, 0, 0
@@ -143,48 +145,85 @@ class MathVerify:
 
     def __call__(self, prompts: list[Prompt], texts: list[str],
                  tokens: list[list[int]]) -> list[float]:
-        """ValueError for a reference that is missing or in which nothing can be found."""
-        pairs = [(require_reference(prompt), text) for prompt, text in zip(prompts, texts)]
+        """ValueError for a reference that is missing."""
         with ThreadPoolExecutor(self.size) as threads:
-            verdicts = list(threads.map(self.judge, pairs))
-        for prompt, verdict in zip(prompts, verdicts):
-            if verdict == "reference":
-                raise ValueError(f"math_verify finds no answer in the reference {prompt.answer!r} "
-                                 f"of prompt {prompt.id}: correct it, or use exact_match")
+            verdicts = list(threads.map(self.judge, map(require_reference, prompts), texts))
         self.errors += verdicts.count("error")
         self.timeouts += verdicts.count("timeout")
         return [float(verdict == "right") for verdict in verdicts]
 
-    def judge(self, pair: tuple[str, str]) -> str:
-        """right, wrong, reference, error or timeout."""
+    def judge_references(self, prompts: list[Prompt], *_) -> list[float]:
+        """Rewards of the references themselves, each in a box."""
+        return self(prompts, [None] * len(prompts), [[]] * len(prompts))
+
+    def judge(self, reference: str, text: str | None) -> str:
+        """right, wrong, error or timeout."""
         worker = self.workers.get()
         try:
-            worker = worker or self.start()
-            try:
-                worker.stdin.write(json.dumps(pair) + "\n")
-                worker.stdin.flush()
-                verdict = worker.stdout.readline().strip()
-            except BrokenPipeError:  # it died while idle
-                verdict = ""
-            if not verdict:  # it has ended; the next answer starts another
-                worker.communicate()
-                verdict = "timeout" if worker.returncode == -signal.SIGALRM else "error"
-                worker = None
-            return verdict
+            for _ in range(2):  # again if the process died, perhaps while it was idle
+                worker = worker or Worker("scaled.judge:verdict", seconds=self.seconds)
+                try:
+                    return worker.ask(reference, text)
+                except Ended as end:
+                    worker = None
+                    if end.timeout:
+                        return "timeout"
+            return "error"
         finally:
             self.workers.put(worker)
-
-    def start(self) -> subprocess.Popen:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "scaled.judge", str(self.seconds)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
-        if worker.stdout.readline() != "ready\n":
-            raise RuntimeError(f"a process of math_verify ended with {worker.wait()} at its start")
-        return worker
 
     def close(self):
         """Ends the processes. Not needed: they end with this program."""
         for worker in [self.workers.get() for _ in range(self.size)]:
             if worker:
-                worker.communicate()
+                worker.close()
             self.workers.put(None)
+
+
+# --------------------------------------------------------------------------------- one's own
+class Own:
+    """A function module:function in a process of its own, which may take `seconds` for a call."""
+
+    def __init__(self, name: str, seconds: float):
+        self.__name__, self.seconds, self.worker = name, seconds, None
+        self.errors = self.timeouts = 0
+
+    def __call__(self, prompts: list[Prompt], texts: list[str],
+                 tokens: list[list[int]]) -> list[float]:
+        """RuntimeError if the function raises, returns no rewards, hangs or ends its process."""
+        asked = [(prompt.id, prompt.tokens, prompt.answer) for prompt in prompts]
+        first = f" for {len(prompts)} responses, the first to prompt {asked[0][0]}" if asked else ""
+        try:
+            self.worker = self.worker or Worker("scaled.rewards:call_own", self.__name__,
+                                                seconds=self.seconds)
+            rewards, counts = self.worker.ask(asked, texts, tokens)
+        except Ended as end:
+            self.worker = None
+            raise RuntimeError(f"reward {self.__name__}: {end}{first}" + (
+                "; raise reward_seconds if it needs more" if end.timeout else "")) from end
+        except RuntimeError as error:
+            raise RuntimeError(f"reward {self.__name__}: {error}") from error
+        self.errors += counts["errors"]
+        self.timeouts += counts["timeouts"]
+        return rewards
+
+
+def call_own(name: str, prompts: list, texts: list[str], tokens: list) -> tuple[list, dict]:
+    """In the worker: rewards and counts. No prompts: only looks for the function."""
+    function = find(name)
+    if not prompts:
+        return [], {"errors": 0, "timeouts": 0}
+    rewards = grade(function, [Prompt(*prompt) for prompt in prompts], texts, tokens)
+    return rewards, take_counts(function)
+
+
+@lru_cache
+def find(name: str) -> Score:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # an import runs code, which can raise anything
+        raise ImportError(f"{module} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ImportError(f"{module} has no function {function}")
+    return found

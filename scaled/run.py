@@ -1,87 +1,99 @@
 """What a run consists of, made once: data, reward, inference engine, policy, optimiser."""
 
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoTokenizer
 
 from nano_moe_rl import DEVICE, Rollout, adamw
 from scaled import checkpoint
+from scaled.batches import prompts_of_engine
+from scaled.checks import read_material
 from scaled.config import Config
-from scaled.data import PromptOrder, end_tokens, load_prompts
+from scaled.data import PromptOrder
 from scaled.export import export_cold_start
 from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
-from scaled.policy import load_policy
+from scaled.policy import Policy, load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
-from scaled.replay import RoutingReplay, route_shape
-from scaled.rewards import grade, load_reward, take_counts
-from scaled.rollout import Engine, check_vllm
+from scaled.replay import routed
+from scaled.rewards import grade, take_counts
+from scaled.rollout import Engine
 from scaled.sync import SyncCheck
 from scaled.trainer import move
 
 
+def make_engine(c: Config) -> Engine:
+    """Needs a process group, and on a GPU that nothing else has memory yet: vLLM takes a share."""
+    return Engine(
+        c.checkpoint, precision=c.rollout_precision, tensor_parallel=c.tensor_parallel,
+        max_length=c.max_length, temperature=c.temperature, seed=c.seed,
+        gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code)
+
+
+def make_trainer(c: Config) -> tuple[Policy, torch.optim.Optimizer]:
+    """Needs a process group, and on a GPU an engine that sleeps."""
+    policy = load_policy(
+        c.checkpoint, precision=c.train_precision, logits_bytes=c.logits_mib * 2**20,
+        gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload, device=DEVICE,
+        trust_remote_code=c.trust_remote_code)
+    return policy, adamw(policy, c.lr, c.weight_decay)
+
+
 class Run:
-    """What a run needs, made once. ValueError for what the options, the data and the checkpoint do
-    not permit, before anything is written but the checkpoint of a cold start."""
+    """What a run needs, in the order in which it can be made:
+
+    1. the checkpoint to resume from and the material: refusals come before anything is loaded;
+    2. the engine, while the GPU is empty, and what it says of fixed tokens;
+    3. the trainer, while the engine sleeps, and the check of one against the other: the measure for
+       all syncs, for which both need the weights of the folder;
+    4. that checkpoint, over the trainer's weights; the first sync takes them to the engine.
+
+    ValueError for what options, data and checkpoint do not permit; nothing is written but the
+    checkpoint of a cold start."""
 
     def __init__(self, c: Config, resume: bool):
-        check_vllm()
         self.c, self.folder, self.engine_index = c, Path("runs", c.name), RANK // c.tensor_parallel
+        if resume:
+            newest, line = checkpoint.newest_whole(
+                checkpoint.checkpoints(self.folder))
+            if line and RANK == 0:
+                print(f"scaled: {line}", file=sys.stderr, flush=True)
+            if checkpoint.version_of(newest) >= c.updates:
+                raise ValueError(f"--updates {c.updates}: {newest} has them already; give more")
         if c.nano_cold_start:
             if RANK == 0:
                 export_cold_start(Path(c.checkpoint), c.seed)
             dist.barrier()
-        if not Path(c.checkpoint, "config.json").is_file():
-            raise ValueError(f"--checkpoint {c.checkpoint}: has no config.json; give the folder of "
-                             "a Hugging Face checkpoint")
-        trust = dict(trust_remote_code=c.trust_remote_code)
-        config = AutoConfig.from_pretrained(c.checkpoint, **trust)
-        route_shape(config)  # refuses what cannot replay
-        context = config.get_text_config().max_position_embeddings
-        if c.max_length > context:
-            raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
-                             f"exceeds the checkpoint's context of {context} tokens; give less")
-        self.tokenizer = AutoTokenizer.from_pretrained(c.checkpoint, **trust)
-        end_tokens(c.checkpoint, c.trust_remote_code)
-        self.reward = load_reward(c.reward)
-        if c.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
-        columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
-                       max_prompt=c.max_prompt, system=c.system)
-        self.prompts = load_prompts(c.train_data, self.tokenizer, split=c.train_split, **columns)
-        self.held_out = load_prompts(
-            c.eval_data, self.tokenizer, split=c.eval_split, **columns) if c.eval_data else []
+        material = read_material(c)
+        self.tokenizer, self.reward = material.tokenizer, material.reward
+        self.prompts, self.held_out = material.prompts, material.held_out
         self.order = PromptOrder(len(self.prompts), c.seed)
-        self.engine = Engine(
-            c.checkpoint, precision=c.rollout_precision, tensor_parallel=c.tensor_parallel,
-            max_length=c.max_length, temperature=c.temperature, seed=c.seed,
-            gpu_memory=c.gpu_memory, **trust)
+
+        self.engine = make_engine(c)
         self.fixed = [p.tokens for p in self.prompts[:8] if len(p.tokens) > 1]
         scored = self.engine.score(self.fixed) if c.check_sync else None
         self.engine.sleep()
         self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
-        self.policy = load_policy(
-            c.checkpoint, precision=c.train_precision, logits_bytes=c.logits_mib * 2**20,
-            gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload,
-            device=DEVICE, **trust)
-        self.optimizer = adamw(self.policy, c.lr, c.weight_decay)
-        self.version, self.check, self.checks_left = 0, SyncCheck(), c.check_sync
-        if scored:  # both have the weights of the folder: the measure for all syncs
+
+        self.policy, self.optimizer = make_trainer(c)
+        self.check = SyncCheck(c.check_sync, c.check_sync_every)
+        if scored:
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
+
+        self.version, self.lines = 0, ""  # of metrics.jsonl
+        if resume:
+            self.version = checkpoint.load(newest, self.policy, self.optimizer)
+            self.lines = (newest / checkpoint.ROWS).read_text()
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
-        if resume:
-            newest = checkpoint.checkpoints(self.folder)[-1]
-            self.version = checkpoint.load(newest, self.policy, self.optimizer)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)
 
     def move_trainer(self, device: str):
-        """Out of the engine's way, or back; with cpu_offload FSDP itself keeps it in host memory."""
+        """From the engine's way, or back; with cpu_offload FSDP keeps it in host memory itself."""
         if not self.c.cpu_offload:
             move(self.policy, self.optimizer, device)
 
@@ -91,20 +103,34 @@ class Run:
         torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
-        if not self.checks_left:
+        if not (due := self.check.due()):
             self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
-        if self.checks_left:
-            self.checks_left -= 1
+        if due:
             self.check(self.engine, self.logprobs_of, self.fixed)
             self.move_trainer("cpu")
 
     @torch.no_grad()
     def logprobs_of(self, tokens, lengths, routing):
         """log π (B, T) of given tokens at temperature 1, by the engine's experts."""
-        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=routing.to(DEVICE))
-        with RoutingReplay(self.policy.model, fixed.replay, fixed.fed):
+        replay = None if routing is None else routing.to(DEVICE)
+        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+        with routed(self.policy.model, fixed.replay, fixed.fed):
             return self.policy(fixed.tokens, fixed.fed, 1.0)[0]
+
+    def rollout(self) -> Rollout:
+        """Graded responses of this rank's engine to its share of the next N mini-batches' prompts.
+        Afterwards the engine sleeps, and the trainer is on the GPU."""
+        c, n_prompts = self.c, self.c.prompts * self.c.mini_batches
+        taken = self.order.take(self.version * c.prompts, n_prompts)
+        mine = prompts_of_engine(
+            n_prompts, c.prompts, WORLD // c.tensor_parallel, self.engine_index)
+        with self.phases("rollout"):
+            batch = self.generate([self.prompts[taken[i]] for i in mine], c.group_size,
+                                  self.version)
+            self.engine.sleep()
+            self.move_trainer(DEVICE)
+        return batch
 
     def generate(self, prompts: list, group_size: int, seed: int, top_p: float = 1.0) -> Rollout:
         """Graded responses of this rank's engine."""
@@ -113,7 +139,8 @@ class Run:
         responses = [row[start:end].tolist() for row, start, end in
                      zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
         with self.phases("reward"):
-            first, same = RANK - RANK % self.c.tensor_parallel, crc32(rollout.tokens.numpy().tobytes())
+            first = RANK - RANK % self.c.tensor_parallel
+            same = crc32(rollout.tokens.numpy().tobytes())
             rewards = torch.tensor([0.0] * len(responses) + [same], dtype=torch.float64)
             if RANK == first:
                 texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -121,12 +148,13 @@ class Run:
                 rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, responses))
             dist.broadcast(rewards, first, group=self.peers)
             if rewards[-1] != same:
-                raise RuntimeError(f"ranks {first} and {RANK}, one engine, sampled different tokens")
+                raise RuntimeError(
+                    f"ranks {first} and {RANK}, one engine, sampled different tokens")
         return replace(rollout, rewards=rewards[:-1].float())
 
     def evaluate(self) -> dict:
-        """Mean reward of k responses to each held-out prompt, with the same seeds at every score, that
-        training never uses, and how many got 0 for an exception or a time limit; None without
+        """Mean reward of k responses to each held-out prompt, with the same seeds at every score,
+        that training never uses, and how many got 0 for an exception or a time limit; None without
         held-out prompts."""
         if not self.held_out:
             return {"score": None, "score_errors": None}
@@ -136,6 +164,5 @@ class Run:
         if mine:
             rollout = self.generate(mine, c.eval_samples, 2**61, c.eval_top_p)
             sums.add("score", rollout.rewards.mean(), len(rollout.rewards))
-        sums.add("score_errors", sum(take_counts(self.reward).values()), 1)
-        score = sums.means()
-        return score | {"score_errors": round(score["score_errors"] * WORLD)}
+        sums.count("score_errors", sum(take_counts(self.reward).values()))
+        return sums.over_ranks()

@@ -1,189 +1,152 @@
 """Reinforcement learning on a real MoE checkpoint: the loop of nano_moe_rl.py over many processes.
 
     torchrun --nproc-per-node 2 -m scaled.train --config scaled/configs/laptop.toml
-    torchrun --nproc-per-node 2 -m scaled.train --config scaled/configs/laptop.toml --resume
+    torchrun --nproc-per-node 2 -m scaled.train --resume laptop
 
 Every process is a rank of FSDP2, which trains, and of a vLLM engine, which samples. Options on the
-command line go over those of the file.
+command line go over those of the file, or of the run that is resumed.
 """
 
 import json
 import sys
-import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch.distributed.checkpoint.api import CheckpointException
-
-from nano_moe_rl import DEVICE, command_line, group_advantages
+from nano_moe_rl import Rollout, command_line, group_advantages
 from scaled import checkpoint
-from scaled.batches import prompts_of_engine, rows_of_rank, take
+from scaled.batches import rows_of_rank, take
 from scaled.config import Config, read_config
-from scaled.metrics import Sums, missing_routes, peak_memory
+from scaled.folder import Claim, check_folder, resumed_config, write_aside
+from scaled.log import Log
+from scaled.metrics import batch_metrics, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
 from scaled.run import Run
 from scaled.trainer import prepare_batch, train_step
 
-HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
-ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
-       "{clip_fraction:7.4f} {agreed:6.3f} {rollout_seconds:7.1f} {train_seconds:5.1f} "
-       "{sync_seconds:4.1f}")  # seconds an update
-
 
 def train_batch(run: Run) -> list[dict]:
     """One rollout batch and its N updates -> N rows of metrics. prompts → rollout → reward →
     advantage → routing → log-probabilities → loss → step; the caller syncs the weights."""
-    c, n_prompts, phases = run.c, run.c.prompts * run.c.mini_batches, run.phases
-    taken = run.order.take(run.version * c.prompts, n_prompts)
-    mine = prompts_of_engine(n_prompts, c.prompts, WORLD // c.tensor_parallel, run.engine_index)
-    prompts = [run.prompts[taken[i]] for i in mine]
-    with phases("rollout"):
-        batch = run.generate(prompts, c.group_size, run.version)
-        run.engine.sleep()
-        run.move_trainer(DEVICE)
+    c = run.c
+    batch = run.rollout()
     batch = replace(batch, advantages=group_advantages(batch.rewards, c.group_size))
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))
-    counted = Sums()
-    cut = batch.lengths - batch.prompt_lengths == c.max_response
-    ended = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
-    cut &= ~torch.isin(ended, torch.tensor(run.engine.eos))
-    counted.add("truncation_rate", cut.double().mean(), len(cut))
-    counted.add("tokens", batch.lengths.double().mean(), len(cut))
-    counted.add("missing_routes", missing_routes(batch), 1)
-    for name, count in take_counts(run.reward).items():
-        counted.add(f"reward_{name}", count, 1)
-    with phases("old"):
+    shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward))
+    with run.phases("old"):
         batch = prepare_batch(run.policy, batch, c)
-    rows = []
-    for part in batch.split(len(batch.tokens) // c.mini_batches):
-        lr = c.lr * min(1, (run.version + 1) / c.warmup)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        with phases("train"):
-            metrics = train_step(run.policy, run.optimizer, part, c)
-        run.version += 1
-        rows.append({"update": run.version, "score": None, "score_errors": None, "lr": lr} | metrics)
-        phases.bar.update()
-    shared = counted.means()
-    run.tokens = shared.pop("tokens") * c.group_size * n_prompts
-    for name in ("missing_routes", "reward_errors", "reward_timeouts"):
-        shared[name] = int(round(shared[name] * WORLD))
-    return [row | shared for row in rows]
+    return [update(run, part) | shared for part in batch.split(len(batch.tokens) // c.mini_batches)]
 
 
-def learn(run: Run):
-    """RL until `updates`, from weights that the engine has. Yields the rows of each rollout batch."""
+def update(run: Run, part: Rollout) -> dict:
+    """One update at the learning rate of its turn -> a row of metrics."""
+    c, lr = run.c, run.c.lr * min(1, (run.version + 1) / run.c.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    with run.phases("train"):
+        metrics = train_step(run.policy, run.optimizer, part, c)
+    run.version += 1
+    run.phases.bar.update()
+    return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
+            "routing_agreement": None} | metrics
+
+
+def learn(run: Run, stop: Callable[[], bool]) -> Iterator[list[dict]]:
+    """RL until `updates` or a stop, from weights that the engine has. Yields the rows of each
+    rollout batch. stop is a collective."""
     c = run.c
-    while run.version < c.updates:
+    while run.version < c.updates and not stop():
         rows = train_batch(run)
         with run.phases("sync"):
             run.sync()
-        seconds, run.phases.seconds = run.phases.seconds, {}
-        seconds["rollout"] -= seconds["reward"]  # which is inside it
-        total, memory = sum(seconds.values()), peak_memory(run.engine_bytes)
+        spent = cost(run)
         for row in rows:
-            row["seconds"] = total / c.mini_batches
-            row["tokens_per_second_per_device"] = run.tokens / total / WORLD
-            row["peak_memory_gib"] = memory
-            row |= {f"{name}_seconds": s / c.mini_batches for name, s in seconds.items()}
+            row |= spent | {"tokens_per_second_per_device": row.pop("tokens") / WORLD / (
+                spent["seconds"] * c.mini_batches)}
         if run.version % c.eval_every < c.mini_batches or run.version >= c.updates:
             rows[-1] |= run.evaluate()
             run.phases.seconds = {}
         yield rows
 
 
-def train(run: Run, resume: bool):
-    """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for."""
-    c = run.c
-    folder, log = run.folder, run.folder / "metrics.jsonl"
-    writer = None
+def cost(run: Run) -> dict:
+    """Seconds an update of the rollout batch that ends here, by phase, and memory."""
+    seconds, run.phases.seconds = run.phases.seconds, {}
+    seconds["rollout"] -= seconds["reward"]  # which is inside it
+    return {"seconds": sum(seconds.values()) / run.c.mini_batches,
+            "peak_memory_gib": peak_memory(run.engine_bytes)} | {
+        f"{name}_seconds": s / run.c.mini_batches for name, s in seconds.items()}
+
+
+def train(run: Run, stop: Callable[[], bool]):
+    """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for.
+    One that is stopped is saved."""
+    c, folder, options = run.c, run.folder, json.dumps(asdict(run.c), indent=2)
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(c), indent=2))
-        lines = log.read_text().splitlines()[:run.version] if resume else []
-        log.write_text("".join(line + "\n" for line in lines))  # what the checkpoint has seen
-        if c.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
+        write_aside(folder / checkpoint.OPTIONS, options)
+        checkpoint.set_aside(folder, run.version)
+    log = Log(folder, run.phases.bar, lines=run.lines, tensorboard=c.tensorboard, silent=RANK > 0)
     run.sync()
-    score = run.evaluate()["score"]
+    log.begin(run.version, run.evaluate()["score"])
     run.phases.seconds = {}
-    if RANK == 0:
-        before = "" if score is None else f": score {score:.3f} before update {run.version + 1}"
-        print(f"{folder}{before}\n{HEADER}", flush=True)
     saved = run.version
-    for rows in learn(run):
-        if RANK == 0:
-            with open(log, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            for row in rows:
-                text = {"score": "" if row["score"] is None else f"{row['score']:.3f}",
-                        "agreed": sum(row["routing_agreement"]) / len(row["routing_agreement"])}
-                run.phases.bar.write(ROW.format(**row | text))
-                for name, value in row.items() if writer else ():
-                    if isinstance(value, (int, float)):
-                        writer.add_scalar(name, value, row["update"])
+
+    def save():
+        checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep,
+                        {checkpoint.OPTIONS: options, checkpoint.ROWS: log.lines})
+
+    for rows in learn(run, stop):
+        log.add(rows)
         if run.version - saved >= c.checkpoint_every or run.version >= c.updates:
-            checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep)
+            save()
             saved = run.version
-    run.phases.bar.close()
-    if writer:
-        writer.close()
-
-
-def check_folder(c: Config, resume: bool):
-    """ValueError if runs/NAME cannot take a new run, or has nothing to resume with these options."""
-    folder = Path("runs", c.name)
-    saved = checkpoint.checkpoints(folder)
-    if not resume and (folder / "config.json").exists():
-        raise ValueError(f"--name {c.name}: is taken; give another, or " + (
-            "--resume" if saved else f"remove {folder}: it has no checkpoint"))
-    if resume and not saved:
-        raise ValueError(f"--resume: {folder} has no checkpoint; start without it")
-    if resume:
-        before = json.loads((folder / "config.json").read_text())
-        changed = [name for name, value in asdict(c).items()
-                   if name != "updates" and before.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume: {', '.join(changed)} differ from {folder}/config.json; "
-                             "only updates can change")
+    if saved < run.version or not run.version:  # stopped, perhaps before the first update
+        save()
+    log.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for a run that failed, 2 for one that was refused. torchrun makes both 1."""
     parser = command_line(Config, __doc__.split("\n")[0])
     parser.error = refuse
-    parser.add_argument("--config", metavar="FILE", required=True, help="TOML file of options")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of options, for a new run")
+    parser.add_argument("--resume", metavar="NAME", help="go on from runs/NAME's newest checkpoint")
     given = vars(parser.parse_args(argv))
-    path, resume = given.pop("config"), given.pop("resume", False)
+    path, resume = given.pop("config", None), given.pop("resume", None)
     try:
-        c = read_config(path, given)
+        if (path is None) == (resume is None):
+            raise ValueError("give --config FILE for a new run, or --resume NAME, which has its "
+                             "options already")
+        c = read_config(path, given) if path is not None else resumed_config(resume, given)
         c.check_processes(WORLD)
-        check_folder(c, resume)
+        check_folder(folder := Path("runs", c.name), resume is not None)
     except ValueError as error:
         refuse(str(error))
-    ranks = Ranks()
+    ranks = Ranks(f"; --resume {c.name} goes on from its newest checkpoint, if it has one")
     try:
-        run = Run(c, resume)
+        if RANK == 0:
+            ranks.leave = Claim(folder, resume is not None).give_up
+        run = Run(c, resume is not None)
     except ValueError as error:  # of what was asked
         ranks.fail(str(error), code=2)
-    except Exception as error:
-        traceback.print_exc()
-        ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", code=1)
+    except BaseException as error:  # also SystemExit, of a checkpoint's code
+        ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", 1, error)
     try:
-        train(run, resume)
-    except KeyboardInterrupt:
-        ranks.fail("stopped by Ctrl-C; --resume goes on from the newest checkpoint", code=130)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        traceback.print_exc()
-        ranks.fail(f"rank {RANK} at update {run.version}: {type(error).__name__}: {error}", code=1)
+        ranks.patient = True
+        train(run, ranks.stop_asked)
+    except (OSError, FloatingPointError) as error:  # say it themselves: a full disk, a loss of NaN
+        ranks.fail(f"rank {RANK} at update {run.version}: {error}{ranks.remedy}", 1)
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        ranks.fail(f"rank {RANK} at update {run.version}: {what}", 1, error)
     if RANK == 0:
-        print(f"runs/{c.name}/metrics.jsonl has the numbers; python -m scaled.export runs/{c.name} "
-              "DIR makes a Hugging Face folder of the policy")
+        if run.version < c.updates:
+            print(f"stopped by SIGTERM after update {run.version} of {c.updates}; "
+                  f"--resume {c.name} goes on")
+        print(f"{folder}/metrics.jsonl has the numbers; python -m scaled.export {folder} DIR makes "
+              "a Hugging Face folder of the policy")
     ranks.end()
     return 0
 

@@ -14,7 +14,7 @@ from scaled.config import Config
 from scaled.metrics import Sums
 from scaled.policy import Policy
 from scaled.ranks import RANK
-from scaled.replay import RoutingReplay
+from scaled.replay import routed
 
 
 def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
@@ -28,8 +28,8 @@ def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
 
 
 def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
-    """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine samples,
-    and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
+    """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine
+    samples, and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
     policy.to(device)  # the parameters stay the objects that FSDP and the optimiser hold
     for state in optimizer.state.values():
         state |= {name: x.to(device) for name, x in state.items() if isinstance(x, Tensor)}
@@ -37,8 +37,8 @@ def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
 
 
 def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
-    """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards and
-    advantages are there already. ValueError if a real token has no route to replay."""
+    """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards
+    and advantages are there already. ValueError if a real token has no route to replay."""
     batch = replace(rollout)
     if c.replay == "R3":
         batch.replay = rollout.routing  # π_old and π_θ use the experts of μ_old
@@ -49,7 +49,7 @@ def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
         batch.replay = torch.zeros_like(rollout.routing)  # π_θ will use the experts of π_old
     for rows, part in passes(batch, c):
         given = part.replay if c.replay == "R3" else None
-        with torch.no_grad(), RoutingReplay(policy.model, given, part.fed) as routes:
+        with torch.no_grad(), routed(policy.model, given, part.fed) as routes:
             logprobs, _ = policy(part.tokens, part.fed, c.temperature)
         if rows:
             columns = logprobs.shape[1]
@@ -70,12 +70,13 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
     n_sequences, n_tokens = counts.tolist()  # of the whole mini-batch: one denominator
     sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
     for rows, part in passes(batch, c):
-        with RoutingReplay(policy.model, part.replay, part.fed) as routes:
+        with routed(policy.model, part.replay, part.fed) as routes:
             logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             loss, gate = minirl_loss(
                 logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
                 n_sequences=n_sequences, n_tokens=n_tokens, clip=c.clip,
+                clip_low=c.clip_low, clip_high=c.clip_high,
                 importance_sampling=c.importance_sampling, length_norm=c.length_norm)
             loss.backward()  # inside: a checkpointed layer is routed again here
         loss_sum += loss.detach()
@@ -89,4 +90,4 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
         raise FloatingPointError(f"loss {loss_sum:.3g}, gradient norm {norm:.3g}")
     optimizer.step()
     optimizer.zero_grad()  # here, so that no gradients take up memory during the next rollout
-    return sums.means() | {"loss": loss_sum.item(), "grad_norm": norm.item()}
+    return sums.over_ranks() | {"loss": loss_sum.item(), "grad_norm": norm.item()}

@@ -16,7 +16,7 @@ LATENT = dict(kv_lora_rank=512, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_hea
 SHARED = dict(num_experts=10, moe_intermediate_size=32, shared_expert_intermediate_size=48)
 HYBRID = dict(head_dim=32, layer_types=["linear_attention", "linear_attention", "full_attention",
                            "linear_attention"],
-              linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2,
+              linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=2,
               linear_num_value_heads=4)
 
 

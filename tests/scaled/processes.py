@@ -1,7 +1,15 @@
 """Ranks of a process group in processes of their own, for tests."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(function, world, *args, seconds=240):
@@ -19,3 +27,30 @@ def join_group(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group-{world}", rank=rank,
                             world_size=world)
+
+
+def start(folder, module, *argv, ranks=2, **environment):
+    """A module under torchrun, or with ranks=0 without it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    # a session of its own: whatever it leaves behind can be found by its group
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONPATH=f"{ROOT}:{folder}", OMP_NUM_THREADS="1") | environment)
+
+
+def finish(process, seconds=300):
+    """Exit code, stdout, stderr; nothing of the process group may be alive afterwards."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise AssertionError(process.communicate())
+    for _ in range(50):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return process.returncode, out, err
+        time.sleep(0.1)
+    os.killpg(process.pid, 9)
+    raise AssertionError("a process is left behind")

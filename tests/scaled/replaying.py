@@ -3,7 +3,8 @@ import pytest
 import torch
 from families import CONFIGS
 
-from scaled.replay import RoutingReplay, route_shape, routers
+from scaled.families import route_shape, routers
+from scaled.replay import RoutingReplay
 
 LENGTHS = torch.tensor([11, 7, 9])
 B, T = len(LENGTHS), 11

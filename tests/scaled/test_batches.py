@@ -1,4 +1,5 @@
 """Micro-batches by a token budget, and parts of a rollout."""
+from dataclasses import fields, replace
 from itertools import combinations
 
 import pytest
@@ -7,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import nano_moe_rl as nano
-from scaled.batches import (equal_passes, micro_batches, prompts_of_engine, rows_of_rank,
+from scaled.batches import (AXES, equal_passes, micro_batches, prompts_of_engine, rows_of_rank,
                             take)
 
 LENGTHS = [3, 11, 4, 4, 9, 2, 11, 5]
@@ -71,6 +72,14 @@ def rollout():
         rollout_logprobs=numbered(B, T), version=7,
         routing=torch.arange(B * T * L * A, dtype=torch.int16).view(B, T, L, A),
         rewards=numbered(B), advantages=numbered(B) + 0.5)
+
+
+def test_every_tensor_of_a_rollout_has_its_axes(rollout):
+    sizes = {"B": 5, "T+1": 10, "T": 9, "L": 3, "A": 2}
+    assert AXES.keys() == {field.name for field in fields(nano.Rollout)} - {"version"}
+    full = replace(rollout, old_logprobs=rollout.rollout_logprobs, replay=rollout.routing)
+    for name, axes in AXES.items():
+        assert getattr(full, name).shape == tuple(sizes[axis] for axis in axes.split()), name
 
 
 @pytest.mark.parametrize("rows", [[3], [4, 0], [2, 3, 4], [1, 0, 2, 3, 4]])

@@ -1,12 +1,18 @@
 """Prompts through the real `datasets` and a real tokenizer, their order, and every refusal."""
+import csv
+import gzip
+import io
 import json
 import os
 import socket
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"  # before datasets is first imported
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -48,11 +54,25 @@ def calls(monkeypatch, tmp_path):
 
 
 def write(path, rows):
-    """Rows as the file that the name asks for."""
+    """Rows as the file or folder that the name asks for."""
+    import datasets
+    text = io.StringIO(newline="")
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+    if not path.suffix:
+        table = datasets.Dataset.from_list(rows)
+        (datasets.DatasetDict(train=table) if "splits" in path.name else table).save_to_disk(path)
+        return str(path)
+    if ".csv" in path.suffixes:
+        table = csv.DictWriter(text, rows[0])
+        table.writeheader(), table.writerows(rows)
+    elif ".json" in path.suffixes:
+        json.dump(rows, text)
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text.write("".join(json.dumps(row) + "\n" for row in rows))
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
 
 
@@ -90,22 +110,84 @@ def test_messages_and_column_names(tmp_path, tokenizer, name):
 
 def test_without_chat_the_text_is_tokenised_as_it_stands(tmp_path, tokenizer):
     tokenizer.chat_template = None
-    source = write(tmp_path / "a.jsonl", [{"prompt": "two plus three"}, {"prompt": "[user] hello"}])
-    prompts = load_prompts(source, tokenizer, chat=False, answer_column="", max_prompt=4)
-    assert [p.tokens for p in prompts] == [ids("<bos> two plus three"), ids("<bos> [user] hello")]
-    assert all(p.tokens == tokenizer.encode(text)
-               for p, text in zip(prompts, ["two plus three", "[user] hello"]))
+    texts = ["two plus three", "[user] hello", "<bos> two plus", "two <bos> three"]
+    source = write(tmp_path / "a.jsonl", [{"prompt": text} for text in texts])
+    expected = [ids(text if text.startswith("<bos>") else f"<bos> {text}") for text in texts]
+    for template in ("<bos> $A", "<bos> $A [assistant]", "$A [assistant]", "<bos> <unk> $A"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<bos>", 0), ("[assistant]", 4), ("<unk>", 1)])
+        prompts = load_prompts(source, tokenizer, chat=False, answer_column="", max_prompt=5)
+        front = template[:template.index("$")]
+        assert [p.tokens for p in prompts] == [
+            ids(text if text.startswith(front) else front + text) for text in texts]
+        if template == "<bos> $A":
+            assert [p.tokens for p in prompts] == expected
+            assert prompts[0].tokens == tokenizer.encode(texts[0])
 
 
 @pytest.mark.parametrize("rows, answers", [
-    ([3, -14], ["3", "-14"]),
-    ([3, 0.5], ["3", "0.5"]),  # one column of floats
-    ([2**53 + 1, 0], ["9007199254740993", "0"]),  # one of integers: exact
-    (["3", 4, 0.25], ["3", "4", "0.25"]),  # one of JSON
-    (["1,234", " x "], ["1,234", " x "])])
+    ([3, -14], ["3", "-14"]), ([3, 0.5], ["3", "0.5"]), ([3.0, 100.0, -0.0], ["3", "100", "-0"]),
+    ([0.00005, 1e-5, 2e5], ["0.00005", "0.00001", "200000"]), ([2**53 + 1, 0], ["9007199254740993", "0"]),
+    ([10**30 + 1], [str(10**30 + 1)]), (["3", 4, 0.25], ["3", "4", "0.25"]),
+    (["1,234", " x "], ["1,234", " x "]), (["2020-01-01", "5e-05"], ["2020-01-01", "5e-05"])])
 def test_answers_that_are_numbers(tmp_path, tokenizer, rows, answers):
     source = write(tmp_path / "a.jsonl", [{"prompt": "hello", "answer": row} for row in rows])
     assert [p.answer for p in load_prompts(source, tokenizer, max_prompt=9)] == answers
+
+
+@pytest.mark.parametrize("type, numbers, answers", [
+    (pyarrow.float32(), [0.1, 5e-05, 3.0, 1 / 3], ["0.1", "0.00005", "3", "0.33333334"]),
+    (pyarrow.float16(), [0.1, 2.0], ["0.1", "2"]), (pyarrow.float64(), [0.1, 1e-7], ["0.1", "0.0000001"]),
+    (pyarrow.decimal128(9, 3), [Decimal("0.100"), Decimal("7")], ["0.1", "7"]), (pyarrow.int8(), [7], ["7"])])
+def test_a_columns_precision_is_no_part_of_its_numbers(tmp_path, tokenizer, type, numbers, answers):
+    values = pyarrow.array(np.array(numbers, np.float16) if type == pyarrow.float16() else numbers, type)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["hello"] * len(numbers), "answer": values}), path)
+    assert [p.answer for p in load_prompts(path, tokenizer, max_prompt=9)] == answers
+    deep = pyarrow.StructArray.from_arrays([values], ["truth"])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["hello"] * len(numbers), "model": deep}), path)
+    assert [p.answer for p in load_prompts(path, tokenizer, answer_column="model.truth", max_prompt=9)] == answers
+
+
+FORMATS = ["train.jsonl", "train.jsonl.gz", "train.json", "train.json.gz", "train.csv", "train.csv.gz",
+           "train.parquet", "saved", "saved_splits"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_the_same_prompts(tmp_path, tokenizer, calls, monkeypatch, name):
+    """Without a request to anyone, under a name that could be one of the hub."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "what is two", "answer": "007"}, {"prompt": 'three,\n"plus" two', "answer": "0.10"},
+            {"prompt": "hello", "answer": "NA"}]
+    Path("data").mkdir()
+    source = write(Path("data", name), rows)
+    prompts = load_prompts(source, tokenizer, max_prompt=9)
+    assert [p.answer for p in prompts] == ["007", "0.10", "NA"]
+    assert prompts[0].tokens == ids("<bos> [user] what is two [assistant]")
+    assert prompts[1].tokens[2] == WORDS.index("<unk>") and len(prompts[1].tokens) == 6
+    assert [p.id for p in prompts] == [f"{source if 'saved' in name else name}:{row}" for row in range(3)]
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_field_of_a_column(tmp_path, tokenizer, name):
+    rows = [{"prompt": "hello", "reward_model": {"ground_truth": "5", "style": {"deep": 0.25}}, "a.b": "1"}] * 2
+    source = write(tmp_path / name, rows)
+    for column, answer in [("reward_model.ground_truth", "5"), ("reward_model.style.deep", "0.25"), ("a.b", "1")]:
+        assert load_prompts(source, tokenizer, answer_column=column, max_prompt=9)[1].answer == answer
+    for column in ("reward_model.truth", "reward_model.ground_truth.x", "b.ground_truth", "reward_model"):
+        with pytest.raises(ValueError, match=f"no column '{column}'|answer of prompt {name}:0 is (missing|a dict)"):
+            load_prompts(source, tokenizer, answer_column=column, max_prompt=9)
+
+
+def test_columns_that_nobody_asked_for_do_no_harm_at_any_size(tmp_path, tokenizer):
+    """12 MB, in the last line of which another column has another type."""
+    rows = [{"prompt": "hello", "answer": str(i), "other": i, "filler": "x" * 1000} for i in range(12_000)]
+    source = write(tmp_path / "a.jsonl", rows + [{"prompt": "two", "answer": 7, "other": {"a": []}}])
+    prompts = load_prompts(source, tokenizer, max_prompt=9)
+    assert [p.answer for p in prompts] == [*map(str, range(12_000)), "7"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -155,9 +237,32 @@ REFUSALS = [  # name, content, options, message
     ("none.jsonl", None, {}, "does not exist"),
     ("empty.jsonl", "", {}, "is empty"),
     ("blank.jsonl", "\n\n", {}, "has no rows"),
-    ("objects.jsonl", "{}\n{}\n", {}, "has no rows"),
+    ("objects.jsonl", "{}\n{}\n", {}, "has no column 'prompt'"),
+    ("rows.csv", "prompt,answer\n", {}, "has no rows"),
+    ("list.json", "[]", {}, "has no rows"),
+    ("list.json", "[1]", {}, "entry 0 is no object"),
+    ("list.jsonl", ROW + "[1]\n", {}, "line 1, counted from 0, is no JSON object"),
+    ("short.csv", "prompt,answer\nhello,1\nhello\n", {}, "row 1, .*cells"),
+    ("long.csv", "prompt,answer\nhello,1,2\n", {}, "row 0, .*cells"),
+    ("empty.csv", "prompt,answer\nhello,1\nhello,\n", {}, "answer of prompt empty.csv:1 is empty"),
+    ("fake.jsonl.gz", "hello", {}, "cannot be read: .*gzip"),
+    ("bytes.jsonl", b'{"prompt": "\xff"}', {}, "cannot be read: .*utf-8"),
+    ("none.csv", None, {}, "does not exist"), ("none.jsonl.gz", None, {}, "does not exist"),
+    ("train.txt", ROW, {}, "give a .jsonl, .json, .csv"), ("a.parquet.gz", ROW, {}, "give a .jsonl"),
+    ("a.jsonl", ROW * 40 + '{"prompt": "hello", "answer": " "}\n', {}, "answer of prompt a.jsonl:40 is empty"),
+    ("a.jsonl", ROW + '{"prompt": " ", "answer": "1"}\n', {}, "prompt a.jsonl:1 is empty"),
+    ("a.jsonl", ROW + '{"prompt": "\\ud800", "answer": "1"}\n', {}, "prompt a.jsonl:1 is no text"),
+    ("a.jsonl", ROW + '{"prompt": "hello", "answer": NaN}\n', {}, "answer of prompt a.jsonl:1 is a float"),
+    ("a.jsonl", ROW + '{"prompt": "hello", "answer": 1e999999999}\n', {}, "answer of prompt a.jsonl:1 is 1"),
+    ("a.jsonl", '{"prompt": "five", "answer": "1"}\n' + ROW, {"vocabulary": 13},
+     "prompt a.jsonl:1 has the token 13, .*vocabulary 13 tokens"),
+    ("a.jsonl", ROW + '{"prompt": "hello two", "answer": "1"}\n', {"chat": False, "max_prompt": 2},
+     "a.jsonl:0 has 1 tokens, the limits are 2"),
+    ("a.jsonl", ROW + json.dumps({"prompt": [{"role": "user", "content": "hello"}, {
+        "role": "assistant", "content": "five"}], "answer": 5}), {},
+     "prompt a.jsonl:1 ends with a message of 'assistant', .*see its answer"),
     ("rows.parquet", [], {}, "has no rows"),
-    ("broken.jsonl", ROW + '{"prompt": ', {}, "cannot be read: .*JSON.*row 1"),
+    ("broken.jsonl", ROW + '{"prompt": ', {}, "cannot be read: line 1, .*JSON"),
     ("text.jsonl", "hello\n", {}, "cannot be read: .*JSON"),
     ("fake.parquet", "hello\n", {}, "cannot be read: .*[Pp]arquet"),
     ("a.jsonl", ROW, {"prompt_column": "question"}, "no column 'question', only prompt, answer: "
@@ -167,10 +272,9 @@ REFUSALS = [  # name, content, options, message
                                                                    "missing"),
     ("a.jsonl", '{"prompt": "hello", "answer": [1]}\n', {}, "prompt a.jsonl:0 is a list"),
     ("a.jsonl", '{"prompt": "hello", "answer": true}\n', {}, "prompt a.jsonl:0 is a bool"),
-    ("a.jsonl", '{"prompt": "hello", "answer": "2020-01-01"}\n', {}, "prompt a.jsonl:0 is a "
-                                                                     "datetime.*use Parquet"),
-    ("a.jsonl", '{"prompt": "hello", "answer": 123456789012345678901}\n', {}, "exactly.*text"),
-    ("a.parquet", [{"prompt": "hello", "answer": float("nan")}], {}, "a.parquet:0 is nan"),
+    ("big.parquet", [{"prompt": "hello", "answer": 1.0}, {"prompt": "hello", "answer": 2.0**53}], {},
+     "row 1 has 9.*exactly; give it as text"),
+    ("a.parquet", [{"prompt": "hello", "answer": float("nan")}], {}, "a.parquet:0 is NaN"),
     ("a.jsonl", '{"prompt": null, "answer": "1"}\n', {}, "prompt a.jsonl:0 is .*missing"),
     ("a.jsonl", '{"prompt": [], "answer": "1"}\n', {}, "prompt a.jsonl:0 is neither text nor"),
     ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": "1"}\n', {}, "neither text nor"),
@@ -183,8 +287,8 @@ REFUSALS = [  # name, content, options, message
     ("a.jsonl", ROW + ROW + '{"prompt": "two plus three"}\n' * 2, {
         "answer_column": "", "max_prompt": 5},
      "prompt a.jsonl:2 has 6 tokens, .*max_prompt 5; .* there are 2"),
-    ("a.jsonl", ROW + '{"prompt": "", "answer": "1"}\n', {"chat": False}, "a.jsonl:1 has 0 tokens"),
-    ("a.csv", ROW, {}, "give a .jsonl, .json or .parquet file, or a hub name"),
+    ("a.jsonl", ROW + '{"prompt": "", "answer": "1"}\n', {"chat": False}, "a.jsonl:0 has 1 tokens"),
+    ("a.csv", ROW * 2, {}, "no column 'prompt'"),
 ]
 
 
@@ -195,7 +299,7 @@ def test_refusals_are_one_line(tmp_path, tokenizer, monkeypatch, name, content, 
         schema = pyarrow.schema({"prompt": pyarrow.string(), "answer": pyarrow.float64()})
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content, schema), name)
     elif content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if options.get("chat") is False:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     with pytest.raises(ValueError, match=message) as refusal:

@@ -10,7 +10,8 @@ from replaying import (B, COTANGENT, LENGTHS, MASK, T, TOKENS, assert_same, back
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from scaled.replay import RoutingReplay, route_shape, routers
+from scaled.families import route_shape, routers
+from scaled.replay import RoutingReplay
 
 
 @every_family

@@ -3,11 +3,13 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from families import CONFIGS, build
 from replaying import B, MASK, T, TOKENS, backward, every_family, foreign_routes, run
 from torch.utils.checkpoint import CheckpointError
 
-from scaled.replay import RoutingReplay, route_shape
+from scaled.families import route_shape
+from scaled.replay import RoutingReplay, routed
 
 
 @every_family
@@ -87,6 +89,21 @@ def test_a_router_that_hides_its_selection_is_refused(monkeypatch):
     monkeypatch.setattr(type(fused), "forward", lambda router, hidden: answer)
     with pytest.raises(RuntimeError, match="layer 0 took 0 top-2 of 7 experts"):
         run(model, None)
+
+
+def test_without_replay_an_unknown_family_is_left_alone():
+    small = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=61, num_hidden_layers=2,
+                 num_key_value_heads=1, num_local_experts=4)
+    model = build(tf.PhimoeConfig(**small))
+    expected = model(TOKENS).logits
+    with routed(model, None, MASK) as routes:
+        assert torch.equal(model(TOKENS).logits, expected) and routes.routing is None
+    with pytest.raises(ValueError, match="does not know model_type 'phimoe'"):
+        routed(model, torch.zeros(B, T, 2, 2, dtype=torch.uint8), MASK)
+    known = build(CONFIGS["mixtral"])
+    with torch.no_grad(), routed(known, None, MASK) as routes:
+        known(TOKENS)
+    assert routes.routing.shape[:2] == MASK.shape
 
 
 def test_masks_that_are_no_masks_are_refused():

@@ -1,4 +1,4 @@
-"""Every reward against hand-made verdicts, what may end a worker of math_verify, and refusals."""
+"""Every reward against hand-made verdicts, what may end a worker, and refusals."""
 import json
 import os
 import random
@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sympy.parsing import parse_expr
+from answer_pairs import PAIRS
 
 import nano_moe_rl as nano
-from scaled import judge
 from scaled.data import Prompt
-from scaled.rewards import MathVerify, exact_match, grade, load_reward, running_sum, take_counts
+from scaled.rewards import Math, check_reward, exact_match, grade, load_reward, running_sum, take_counts
+from scaled.worker import Worker
 
 ROOT = Path(__file__).parents[2]
-TOWER = "$9^{9^{9^{9^{9}}}}$"  # never ends: most of it inside one multiplication of Python
 
 
 def apply(reward, pairs):
@@ -30,78 +29,51 @@ def apply(reward, pairs):
     return grade(reward, prompts, [text for _, text in pairs], [[2]] * len(pairs))
 
 
-# --------------------------------------------------------------------------------- math_verify
-@pytest.fixture(scope="module")
-def math_verify():
-    reward = MathVerify(seconds=20, workers=2)  # far from what an answer takes on a busy machine
-    yield reward
-    reward.close()
-
-
-EQUAL = [  # reference, response
-    ("42", "42"), ("42", "So the answer is $42$."), ("42", "first 7, then \\boxed{42}"),
-    ("\\boxed{42}", "\\boxed{42}"), ("#### 42", "42"), ("3 + 4 = 7\n#### 7", "The answer is 7"),
-    ("$\\frac{1}{2}$", "0.5"), ("\\frac{1}{2}", "\\boxed{\\frac{2}{4}}"), ("1/2", "$0.5$"),
-    ("\\(\\frac{1}{2}\\)", "1/2"), ("\\sqrt{2}", "$2^{1/2}$"), ("1,234", "1234"), ("-3", "-3"),
-    ("2^{10}", "1024"), ("1024", "2^10"), ("7", "3+4"), ("-7/2", "-(3 + 1/2)"),
-    ("x^2+2x+1", "$(x+1)^2$"), ("(1,2)", "\\boxed{(1, 2)}"), ("\\{1,2\\}", "$\\{2,1\\}$"),
-    ("x=3", "$3$"), ("50\\%", "$0.5$"), ("\\text{yes}", "\\boxed{\\text{yes}}")]
-DIFFERENT = [
-    ("42", "41"), ("42", ""), ("42", "forty-two"), ("42", "-42"), ("\\sqrt{2}", "2"), ("2", "3-2"),
-    ("(1,2)", "\\boxed{(2, 1)}"), ("1/2", "2"), ("x+1", "$y+1$"), ("42", "\\boxed{42"),
-    ("\\frac{1}{2}", "$\\frac{1}{$"), ("42", "$\\frac{}{}}{$ \\right) \\begin{"),
-    ("42", "$" + "{" * 20 + "$"), ("42", "__import__('os')._exit(7)"), ("42", "\x00\ud800\n")]
-
-
-def test_math_verify_on_pairs(math_verify):
-    pairs = EQUAL + DIFFERENT
-    random.Random(0).shuffle(pairs)  # which worker gets which pair says nothing
-    verdicts = dict(zip(pairs, apply(math_verify, pairs)))
-    assert [pair for pair in EQUAL if verdicts[pair] != 1.0] == []
-    assert [pair for pair in DIFFERENT if verdicts[pair] != 0.0] == []
-    assert take_counts(math_verify) == {"errors": 0, "timeouts": 0}
-
-
-def test_an_exception_in_math_verify_is_reward_0_and_counted(math_verify):
-    infinite = "$\\frac{1}{0}$"
-    import math_verify as library
-    with pytest.raises(ValueError, match="nan or zoo"):
-        library.verify(library.parse(infinite), library.parse("$x$"), raise_on_error=True)
-    assert apply(math_verify, [("1", "1"), (infinite, "$x$"), (infinite, "$i$"), ("1", "1")]) == [
-        1, 0, 0, 1]
-    assert take_counts(math_verify) == {"errors": 2, "timeouts": 0}
-    assert take_counts(math_verify) == {"errors": 0, "timeouts": 0}
+# ---------------------------------------------------------------------------------------- math
+ENDLESS = ("(x+y+1)^{200}", "\\boxed{(x^2+2xy+y^2+2x+2y+1)^{100}}")  # equal, but who can tell
 
 
 @pytest.fixture
 def impatient():
-    reward = MathVerify(seconds=2, workers=2)
+    reward = Math(seconds=2, workers=2)
     yield reward
     reward.close()
 
 
 def test_what_never_ends_is_stopped_and_counted(impatient):
-    pairs = [("1", "1"), ("42", TOWER), ("2", "2"), ("42", "9**9**9**9**9"), ("3", "3")]
+    pairs = [("1", "1"), ENDLESS, ("2", "2"), ENDLESS, ("3", "3")]
     assert apply(impatient, pairs) == [1, 0, 1, 0, 1]
     assert take_counts(impatient) == {"errors": 0, "timeouts": 2}
-    out = []  # math_verify's own limit refuses to work here
+    out = []
     thread = threading.Thread(target=lambda: out.extend(apply(impatient, pairs[:3])))
     thread.start()
     thread.join()
     assert out == [1, 0, 1] and take_counts(impatient) == {"errors": 0, "timeouts": 1}
+    assert take_counts(impatient) == {"errors": 0, "timeouts": 0}
 
 
-def test_a_worker_that_dies_is_an_error_and_replaced():
-    reward = MathVerify(seconds=20, workers=1)
+def test_a_worker_that_died_while_idle_costs_no_answer_its_reward():
+    reward = Math(seconds=20, workers=1)
     assert apply(reward, [("1", "1")]) == [1]
     worker = reward.workers.get()
-    assert resource.prlimit(worker.pid, resource.RLIMIT_AS) == (2**32, 2**32)
-    worker.kill()
-    worker.wait()
+    assert resource.prlimit(worker.process.pid, resource.RLIMIT_AS) == (2**32, 2**32)
+    worker.process.kill()
+    worker.process.wait()
     reward.workers.put(worker)
-    assert apply(reward, [("1", "1"), ("2", "2")]) == [0, 1]
-    assert take_counts(reward) == {"errors": 1, "timeouts": 0}
+    assert apply(reward, [("1", "1"), ("2", "2")]) == [1, 1]
+    assert take_counts(reward) == {"errors": 0, "timeouts": 0}
     reward.close()
+
+
+def test_an_answer_that_ends_its_worker_twice_is_an_error(monkeypatch, impatient):
+    """The memory limit of the kernel: every process is killed as it is asked."""
+    monkeypatch.setattr(Worker, "ask", lambda worker, *question: (
+        worker.process.kill(), worker.process.wait(), ask(worker, *question))[-1])
+    assert apply(impatient, [("1", "1")]) == [0]
+    assert take_counts(impatient) == {"errors": 1, "timeouts": 0}
+
+
+ask = Worker.ask
 
 
 def running(pid):
@@ -116,16 +88,16 @@ def test_no_worker_outlives_a_killed_program(last):
     program = f"""if True:
         import os, signal, threading, time
         from scaled.data import Prompt
-        from scaled.rewards import MathVerify
-        reward = MathVerify(seconds=3, workers=1)
+        from scaled.rewards import Math
+        reward = Math(seconds=3, workers=1)
         assert reward([Prompt("a:0", [1], "1")], ["1"], [[1]]) == [1]
         worker = reward.workers.get()
         reward.workers.put(worker)
         if {last == "busy"}:
-            threading.Thread(target=reward, args=([Prompt("a:1", [1], "1")], ["{TOWER}"], [[1]])
+            threading.Thread(target=reward, args=([Prompt("a:1", [1], {ENDLESS[0]!r})], [{ENDLESS[1]!r}], [[1]])
                              ).start()
             time.sleep(0.5)
-        print(worker.pid, flush=True)
+        print(worker.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -136,61 +108,35 @@ def test_no_worker_outlives_a_killed_program(last):
     raise AssertionError("the worker is still there")
 
 
-def test_a_worker_runs_no_text_of_a_model_and_does_without_torch(tmp_path):
-    """Python tells an audit hook of every string that eval and exec compile: none comes from the
-    pairs. Without the worker's arithmetic, sympy compiles each number that it reads."""
-    program = f"""if True:
-        import sys
-        strings, on = [], False
-        def hook(event, arguments):
-            if on and event == "compile" and arguments[1] == "<string>":
-                strings.append(str(arguments[0]))
-        sys.addaudithook(hook)
-        if sys.argv[1] == "worker":
-            from scaled.judge import serve
-            on = True
-            serve(20.0)
+def test_no_text_of_a_model_is_run(tmp_path):
+    """Python tells an audit hook of every string that eval and exec compile: all are functions of
+    sympy's for as many variables, though its own parser compiles each number that it reads."""
+    pairs = [pair[:2] for pair in sum(PAIRS.values(), []) if len(pair[1]) < 300]
+    program = """if True:
+        import json, sys
+        strings = []
+        sys.addaudithook(lambda event, arguments: event == "compile" and arguments[1] == "<string>"
+                         and strings.append(str(arguments[0])))
+        if sys.argv[1] == "judge":
+            from scaled.judge import right
+            import sympy.physics.units  # which sympy imports late, and its import needs eval
+            strings.clear()
+            for reference, text in json.load(sys.stdin):
+                right(reference, text)
         else:
-            import json, math_verify
-            on = True
-            for line in sys.stdin:
-                math_verify.verify(*map(math_verify.parse, json.loads(line)))
-        on = False
-        with open({str(tmp_path / "strings")!r}, "w") as file:
-            print(*strings, "torch" in sys.modules, file=file)"""
-    pairs = [(f"${answer}$", text) for answer, text in EQUAL if "$" not in answer] + DIFFERENT
-    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
-    seen = {}
-    for who in ("worker", "library"):
-        subprocess.run([sys.executable, "-c", program, who], cwd=ROOT, input=lines, text=True,
-                       check=True, capture_output=True)
-        seen[who] = (tmp_path / "strings").read_text()
-    assert "Integer (1024 )" in seen["library"]
-    assert "1024" not in seen["worker"] and "Integer" not in seen["worker"]
-    assert seen["worker"].endswith("False\n")
+            from sympy import sympify
+            sympify("1024 + 0.51")
+        print(json.dumps([strings, "torch" in sys.modules]))"""
+    seen = {who: json.loads(subprocess.run([sys.executable, "-c", program, who], cwd=ROOT, text=True, check=True,
+                                           input=json.dumps(pairs), capture_output=True).stdout)
+            for who in ("judge", "sympy")}
+    assert any("1024" in string for string in seen["sympy"][0])
+    assert all(string.startswith("b'def monomial_") for string in seen["judge"][0]) and not seen["judge"][1]
 
 
-@pytest.mark.parametrize("text", ["1/2", "3 + 1/2", "2*(3-4)", "-3", "--2", "2**3**2", "-(1.5)*4",
-                                  "1-2-3", "+7", " (2)/(3)/4", "0.125**2", "12"])
-def test_arithmetic_is_what_sympy_gets_by_eval(text):
-    assert judge.arithmetic(text) == parse_expr(text)
-    ours, theirs = judge.arithmetic(text, evaluate=False), parse_expr(text, evaluate=False)
-    assert ours.doit() == theirs.doit() == parse_expr(text)
-
-
-@pytest.mark.parametrize("text", ["True", "Symbol(x)", "1 if 2 else 3", "(1).real", "2 // 3", "a",
-                                  "'1'", "Integer(1, 2)", "1 +", "1; 2", "exit()", "x: 1"])
-def test_arithmetic_is_all_it_reads(text):
-    with pytest.raises((ValueError, SyntaxError)):
-        judge.arithmetic(text)
-
-
-@pytest.mark.parametrize("answer, message", [
-    ("", "prompt data.jsonl:1 has no reference answer; set answer_column"),
-    ("$", "no answer in the reference '\\$' of prompt data.jsonl:1")])
-def test_math_verify_needs_references(math_verify, answer, message):
-    with pytest.raises(ValueError, match=message):
-        apply(math_verify, [("1", "1"), (answer, "1")])
+def test_math_needs_references():
+    with pytest.raises(ValueError, match="prompt data.jsonl:1 has no reference answer; set answer_column"):
+        apply(Math(workers=1), [("1", "1"), ("", "1")])
 
 
 # ------------------------------------------------------------------- exact_match and running_sum
@@ -234,35 +180,98 @@ def test_running_sum_refuses_other_prompts(tokens):
         grade(running_sum, [Prompt("a:0", tokens, "")], [""], [[1]])
 
 
+@pytest.mark.parametrize("reference, message", [
+    ("", "prompt a:1 has no reference"), ("yes}", "prompt a:1 in a box"), ("{", "prompt a:1 in a box")])
+def test_exact_match_refuses_what_no_response_can_match(reference, message):
+    with pytest.raises(ValueError, match=message):
+        check_reward(exact_match, [Prompt("a:0", [1], "\\frac{1}{2}"), Prompt("a:1", [1], reference)])
+
+
 # ------------------------------------------------------------------------- load_reward and grade
-def test_a_reward_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def length(prompts, texts, tokens):\n"
-        "    return [len(p.tokens) + 10 * len(t) + 100 * len(r)\n"
-        "            for p, t, r in zip(prompts, texts, tokens)]\n"
-        "number = 3\n")
+OWN = """if True:
+    import os, signal, sys, time
+    number = 3
+    errors = 0
+    def length(prompts, texts, tokens):
+        print("no reward")
+        return [len(p.tokens) + 10 * len(t) + 100 * len(r) for p, t, r in zip(prompts, texts, tokens)]
+    def counting(prompts, texts, tokens):
+        counting.errors += 1
+        return [0.5] * len(prompts)
+    counting.errors = 0
+    def leaves(prompts, texts, tokens):
+        if texts[0]:
+            {"0": os._exit, "1": sys.exit, "2": lambda code: os.kill(os.getpid(), signal.SIGKILL)}[texts[0]](0)
+        return [1.0] * len(prompts)
+    def hangs(prompts, texts, tokens):
+        if "deaf" in texts[0]:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        time.sleep(600 if texts[0] else 0)
+        return [1.0] * len(prompts)
+    def raises(prompts, texts, tokens):
+        return [1 / len(t) for t in texts]
+    def nan(prompts, texts, tokens):
+        return [float("nan")] * len(prompts)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(OWN)
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_rewards.py").write_text("import os; os._exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_reward_of_ones_own(own):
     reward = load_reward("my_rewards:length")
     prompts = [Prompt("a:0", [1, 2], ""), Prompt("a:1", [1], "")]
+    check_reward(reward, prompts)
     assert grade(reward, prompts, ["xyz", ""], [[1], [1, 2]]) == [132.0, 201.0]
     assert take_counts(reward) == {"errors": 0, "timeouts": 0}
-    for name, message in [("accuracy", "math_verify, exact_match, running_sum, or module:function"),
+    counting = load_reward("my_rewards:counting")
+    assert grade(counting, prompts, ["", ""], [[1], [1]]) == [0.5, 0.5]
+    assert take_counts(counting) == {"errors": 1, "timeouts": 0} != take_counts(counting)
+    for name, message in [("accuracy", "math, exact_match, running_sum, or module:function"),
                           (":length", "module:function"), ("my_rewards:", "module:function"),
                           ("my_rewards:width", "has no function width"),
                           ("my_rewards:number", "has no function number"),
                           ("no_such_module:f", "cannot be imported: No module"),
+                          ("leaving_rewards:f", "its process ended with code 0"),
                           ("broken_rewards:f", "cannot be imported: division by zero")]:
         with pytest.raises(ValueError, match=message) as refusal:
             load_reward(name)
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name, text, message", [
+    ("leaves", "0", "its process ended with code 0 for 2 responses, the first to prompt a:0"),
+    ("leaves", "1", "its process ended with code 0"), ("leaves", "2", "its process ended with code -9"),
+    ("hangs", "x", "no answer in 3 seconds .*prompt a:0; raise reward_seconds"),
+    ("hangs", "deaf", "no answer in 3 seconds"), ("raises", "", "ZeroDivisionError: division by zero")])
+def test_how_a_reward_of_ones_own_can_fail_is_said(own, monkeypatch, name, text, message):
+    monkeypatch.setattr("scaled.worker.GRACE", 2)
+    reward = load_reward(f"my_rewards:{name}", seconds=3)
+    prompts = [Prompt("a:0", [1, 2], ""), Prompt("a:1", [1], "")]
+    with pytest.raises(RuntimeError, match=f"^reward my_rewards:{name}: {message}") as failure:
+        grade(reward, prompts, [text, "x"], [[1], [2]])
+    assert "\n" not in str(failure.value)
+    assert grade(reward, prompts, ["" if name != "raises" else "x"] * 2, [[1], [2]]) == [1, 1]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nan", "reward my_rewards:nan: ValueError: nan returned nan for a response to prompt a:0"),
+    ("raises", "reward my_rewards:raises: ZeroDivisionError")])
+def test_a_reward_of_ones_own_is_tried_at_the_start(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        check_reward(load_reward(f"my_rewards:{name}"), [Prompt("a:0", [1, 2], "")])
+
+
 def test_the_names_of_the_rewards():
     assert load_reward("exact_match") is exact_match and load_reward("running_sum") is running_sum
-    assert load_reward("math_verify", seconds=7).seconds == 7
+    assert isinstance(load_reward("math"), Math)
     with pytest.raises(ValueError, match="0 seconds"):
-        load_reward("math_verify", seconds=0)
+        Math(seconds=0)
 
 
 PROMPTS = [Prompt(f"a:{i}", [1], "") for i in range(3)]
@@ -303,4 +312,4 @@ def test_torchrun_ranks_share_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     for ranks in (1, 2, 3 * cores):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert 1 <= MathVerify().size <= max(1, min(8, cores // ranks))
+        assert 1 <= Math().size <= max(1, min(8, cores // ranks))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from scaled.engine import EngineError
 from scaled.replay import RoutingReplay
-from scaled.rollout import Engine, check_vllm
+from scaled.rollout import Engine
+from scaled.vllm_internals import check_vllm
 
 ROOT = Path(__file__).parents[2]
 EOS, TEMPERATURE = 7, 0.7
@@ -155,7 +157,7 @@ def test_top_p_is_renormalised(engine, model):
 
 
 def test_refusals_of_a_call(engine):
-    with pytest.raises(ValueError, match="version 0, not 3: call load_weights"):
+    with pytest.raises(EngineError, match="version 0, not 3: call load_weights"):
         engine.generate(PROMPTS, 1, 4, 0, 3)
     with pytest.raises(ValueError, match="prompt of 7 and a response of 314 tokens exceed.* 320"):
         generate(engine, max_response=314)
@@ -173,7 +175,7 @@ def test_a_lost_route_is_an_error_with_its_count(engine, monkeypatch):
         return outputs
 
     monkeypatch.setattr(Engine, "run", lossy)
-    with pytest.raises(ValueError, match="response 1: routed_experts: 2 of 26 rows are missing"):
+    with pytest.raises(EngineError, match="response 1: routed_experts: 2 of 26 rows are missing"):
         generate(engine, [[1, 2, 3, 4, 5, 6, 8]], G=2, max_response=20, seed=find_long(engine, run))
 
 
@@ -186,7 +188,7 @@ def test_a_log_probability_that_is_no_number_is_refused(engine, monkeypatch):
         return outputs
 
     monkeypatch.setattr(Engine, "run", broken)
-    with pytest.raises(ValueError, match="response 1: log-probabilities are not finite"):
+    with pytest.raises(EngineError, match="response 1: log-probabilities are not finite"):
         generate(engine, G=2)
 
 
@@ -201,7 +203,7 @@ def find_long(engine, run):
 
 def test_a_broken_contract_is_refused_at_the_start(engine, monkeypatch):
     monkeypatch.setitem(engine.contract, "top_k", A + 1)
-    with pytest.raises(ValueError, match=r"vllm 0\.30\.0.* contract.*shape \(\d+, 3, 3\)"):
+    with pytest.raises(EngineError, match=r"vllm 0\.30\.0.* contract.*shape \(\d+, 3, 3\)"):
         engine.probe()
 
 
@@ -215,13 +217,13 @@ def test_only_the_pinned_vllm(monkeypatch, versions, message):
             raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr("scaled.rollout.installed_version", version)
+    monkeypatch.setattr("scaled.vllm_internals.installed_version", version)
     with pytest.raises(ValueError, match=message):
         check_vllm()
 
 
 def test_local_versions_of_the_pinned_vllm_are_fine(monkeypatch):
-    monkeypatch.setattr("scaled.rollout.installed_version", lambda name: "0.30.0+cu130")
+    monkeypatch.setattr("scaled.vllm_internals.installed_version", lambda name: "0.30.0+cu130")
     assert check_vllm() == "0.30.0+cu130"
 
 

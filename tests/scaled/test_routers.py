@@ -4,7 +4,8 @@ import transformers as tf
 from families import CONFIGS, build
 from replaying import MASK, every_family
 
-from scaled.replay import FAMILIES, RoutingReplay, moe_layers, route_shape, routers
+from scaled.families import FAMILIES, moe_layers, route_shape, routers
+from scaled.replay import RoutingReplay
 
 
 def test_every_family_of_the_table_is_tested():

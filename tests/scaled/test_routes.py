@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from scaled.engine import EngineError
 from scaled.rollout import normalise_routes
 
 
@@ -55,5 +56,5 @@ GOOD = routed(6, 4, [0], 3, 8, np.int32)
     (change(GOOD, (slice(2, 4)), 0), "6 of 18 .token, layer. pairs"),
     (np.zeros_like(GOOD), "18 of 18 .token, layer. pairs")])
 def test_routes_that_are_refused(raw, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EngineError, match=message):
         normalise_routes(raw, rows=6, layers=[1, 2, 3], n_hidden_layers=4, top_k=3, n_experts=8)

@@ -1,16 +1,16 @@
 """New weights in a running engine, at sync 1, 2 and 3, and what the check makes of broken ones."""
 import pytest
 import torch
+from syncing import SEQUENCES, logprobs_of
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from nano_moe_rl import token_logprobs
-from scaled.replay import RoutingReplay
+from scaled.engine import EngineError
+from scaled.huggingface import published_names
 from scaled.rollout import Engine
-from scaled.sync import SyncCheck, published_names
+from scaled.sync import SyncCheck
 
 E, F, D = 8, 96, 64
-SEQUENCES = [[(7 * i * i + 3 * j) % 53 for i in range(18 + j)] for j in range(12)]
 PRECISIONS = {"fp32": 1e-5, "bf16": 0.04, "int8": 0.04}  # largest mean difference, nats a token
 
 
@@ -41,17 +41,6 @@ def engine(running):
     yield running
     running.trainer.load_state_dict(start)
     sync(running)
-
-
-def logprobs_of(model):
-    """The trainer's pass, with the engine's routes replayed."""
-    @torch.no_grad()
-    def run(tokens, lengths, routing):
-        fed = torch.arange(1, tokens.shape[1]) < lengths[:, None]
-        with RoutingReplay(model, routing, fed):
-            logits = model(tokens[:, :-1], attention_mask=fed.long()).logits
-        return token_logprobs(logits, tokens[:, 1:])
-    return run
 
 
 @torch.no_grad()
@@ -98,7 +87,7 @@ def test_stale_weights_are_caught(engine):
     train(engine.trainer, seed=10)
     engine.syncs = engine.version = engine.version + 1
     message = rf"version {engine.version}: .* \(3 x {check.first:.2e}"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(EngineError, match=message):
         check(engine, logprobs_of(engine.trainer), SEQUENCES)
     sync(engine)
     check(engine, logprobs_of(engine.trainer), SEQUENCES)
@@ -127,7 +116,7 @@ def test_scrambled_weights_are_caught(engine, scramble):
     weights = {name: tensor.clone() for name, tensor in engine.trainer.state_dict().items()}
     scramble(weights)
     sync(engine, weights)
-    with pytest.raises(RuntimeError, match="engine and trainer differ"):
+    with pytest.raises(EngineError, match="engine and trainer differ"):
         check(engine, logprobs_of(engine.trainer), SEQUENCES)
     sync(engine)
     check(engine, logprobs_of(engine.trainer), SEQUENCES)
@@ -173,9 +162,9 @@ def test_weights_stream(engine):
                                   "model.layers.2.self_attn.k_proj.weight"])
 def test_a_weight_that_does_not_come_is_an_error(engine, lost):
     weights = {name: tensor for name, tensor in engine.trainer.state_dict().items() if name != lost}
-    with pytest.raises(ValueError, match="the sync left 1 layers.* without all of their weights"):
+    with pytest.raises(EngineError, match="the sync left 1 layers.* without all of their weights"):
         sync(engine, weights)
-    with pytest.raises(ValueError, match="policy version None, not"):  # neither old nor new
+    with pytest.raises(EngineError, match="policy version None, not"):  # neither old nor new
         engine.generate([[1]], 1, 1, 0, engine.syncs)
     sync(engine)
     SyncCheck()(engine, logprobs_of(engine.trainer), SEQUENCES)
@@ -218,20 +207,35 @@ def test_the_threshold_of_the_check():
     assert check_of(check, 0.01) == pytest.approx(0.01, rel=1e-4)
     assert check_of(check, -0.0299) == pytest.approx(0.0299, rel=1e-4)
     assert check.first == pytest.approx(0.01, rel=1e-4)
-    with pytest.raises(RuntimeError, match=r"3.01e-02 nats a token, 3.00e-02 is allowed \(3 x 1"):
+    with pytest.raises(EngineError, match=r"3.01e-02 nats a token, 3.00e-02 is allowed \(3 x 1"):
         check_of(check, 0.0301)
-    with pytest.raises(RuntimeError, match="nan nats"):
+    with pytest.raises(EngineError, match="nan nats"):
         check_of(check, float("nan"))
 
 
 def test_the_first_check_has_a_bound_of_its_own_and_zero_is_no_measure():
-    with pytest.raises(RuntimeError, match="5.10e-01 nats a token, 5.00e-01 is allowed"):
+    with pytest.raises(EngineError, match="5.10e-01 nats a token, 5.00e-01 is allowed"):
         check_of(SyncCheck(), 0.51)
     check = SyncCheck()
     assert check_of(check, 0.0) == 0
     check_of(check, 9e-6)
-    with pytest.raises(RuntimeError, match="1.10e-05 nats a token, 1.00e-05 is allowed"):
+    with pytest.raises(EngineError, match="1.10e-05 nats a token, 1.00e-05 is allowed"):
         check_of(check, 1.1e-5)
+
+
+def test_a_fault_that_grows_with_the_weights_is_seen_later():
+    """An engine that keeps a part of its first weights: each sync moves the policy by a little, which the
+    first checks cannot tell from rounding."""
+    check, seen = SyncCheck(syncs=3, every=5), []
+    check_of(check, 0.01)
+    with pytest.raises(EngineError, match="differ by 4.00e-02"):
+        for sync in range(1, 100):
+            if check.due():
+                seen.append(sync)
+                check_of(check, 0.01 + 0.002 * sync)
+    assert seen == [1, 2, 3, 5, 10, 15]
+    never = SyncCheck(syncs=0, every=5)
+    assert not any(never.due() for _ in range(30))
 
 
 @pytest.mark.parametrize("family, name, shape, first, count", [

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,50 +12,28 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import nano_moe_rl as nano
-from scaled import train
+from processes import finish, start
+from scaled import export, train
 from scaled.run import Run
 from scaled.config import Config, read_config
-from scaled.export import export_nano, nano_tokenizer
+from scaled.checkpoint import digest
+from scaled.export import export_nano, find_checkpoints, nano_tokenizer
 from tiny_run import METRICS as NANO_METRICS
 
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
-MORE = {"lr", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
+MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
         "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
         "old_seconds", "train_seconds", "sync_seconds"}
-METRICS = NANO_METRICS - {"tokens_per_second"} | MORE
+METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
 
-def start(folder, module, *argv, ranks=2, **environment):
-    # a session of its own: whatever it leaves behind can be found by its group
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(ranks), "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | dict(PYTHONPATH=f"{ROOT}:{folder}", OMP_NUM_THREADS="1") | environment)
-
-
-def finish(process, seconds=300):
-    """Exit code, stdout, stderr; nothing of the process group may be alive afterwards."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise AssertionError(process.communicate())
-    for _ in range(50):
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return process.returncode, out, err
-        time.sleep(0.1)
-    os.killpg(process.pid, 9)
-    raise AssertionError("a process is left behind")
-
-
 def run(folder, *argv, **options):
-    code, out, err = finish(start(folder, "scaled.train", "--config", LAPTOP, *argv, **options))
+    config = () if "--resume" in argv else ("--config", LAPTOP)
+    code, out, err = finish(start(folder, "scaled.train", *config, *argv, **options))
     assert code == 0, err
+    run.err = err
     return out
 
 
@@ -104,23 +81,37 @@ def test_reward_rises(folder):
     assert sum(reward[-8:]) / 8 > sum(reward[:8]) / 8 + 0.05
 
 
-def test_resume_equals_no_interruption_and_scores_disturb_nothing(folder):
-    options = ("--name", "parts", "--eval-every", 4, "--checkpoint-every", 8)
-    run(folder, *options, "--updates", 8)
-    run(folder, *options, "--updates", 12, "--resume")
-    assert untimed(metrics(folder, "parts")) == untimed(metrics(folder, "whole")[:12])
+def test_resume_equals_no_interruption_whatever_was_lost_after_the_checkpoint(folder):
+    """The newest checkpoint damaged, metrics and options gone: all is made again from the one before it. Scores
+    disturb nothing, nor do options that a resumed run may have otherwise."""
+    run(folder, "--name", "parts", "--eval-every", 4, "--checkpoint-every", 4, "--updates", 12)
+    parts = folder / "runs/parts"
+    (parts / "update-000012/__1_0.distcp").write_text("")
+    (parts / "metrics.jsonl").unlink()
+    (parts / "config.json").unlink()
+    run(folder, "--resume", "parts", "--updates", 16, "--logits-mib", 500, "--no-tensorboard", "--keep", 1,
+        "--checkpoint-every", 8)
+    assert [line for line in run.err.splitlines() if line.startswith("scaled: ")] == [
+        "scaled: runs/parts/update-000012 is damaged (__1_0.distcp is not as it was written): going on from "
+        "runs/parts/update-000008"]
+    assert untimed(metrics(folder, "parts")) == untimed(metrics(folder, "whole")[:16])
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "config.json", "damaged-update-000012", "metrics.jsonl", "update-000016"]
+    assert json.loads((parts / "config.json").read_text())["logits_mib"] == 500
 
 
-def test_a_checkpoint_exports_to_the_policy_of_the_run(folder):
-    code, out, err = finish(start(folder, "scaled.export", "runs/whole", "exported", ranks=1))
+@pytest.mark.parametrize("source, updates", [("runs/whole", 24), ("runs/whole@12", 12)])
+def test_a_checkpoint_exports_to_the_policy_of_the_run(folder, source, updates):
+    exported = folder / source.replace("/", "-")
+    code, out, err = finish(start(folder, "scaled.export", source, exported, ranks=1))
     assert code == 0, err
-    assert "24 updates" in out
-    trained = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
+    assert f"{updates} updates" in out
+    trained = AutoModelForCausalLM.from_pretrained(exported).state_dict()
     first = AutoModelForCausalLM.from_pretrained(folder / "runs/laptop-cold-start").state_dict()
     assert trained.keys() == first.keys()
     moved = [(trained[name] - first[name]).abs().max() for name in first]
     assert all(0 < x < 0.05 for x in moved)  # every weight learned, none is from elsewhere
-    text = AutoTokenizer.from_pretrained(folder / "exported")("314=")["input_ids"]
+    text = AutoTokenizer.from_pretrained(exported)("314=")["input_ids"]
     assert text == [3, 1, 4, nano.ASK]
 
 
@@ -148,10 +139,13 @@ def test_the_recipe_of_a_node_runs_on_a_small_checkpoint(folder):
     assert rows[0]["staleness_kl"] < 1e-4 < rows[3]["staleness_kl"]
 
 
-def test_a_nano_checkpoint_exports_to_the_same_policy(tmp_path):
-    c = nano.Config(experts=8, expert_width=24, layers=2)
-    model = nano.Model(c)
-    export_nano(model, tmp_path / "hf")
+def test_a_checkpoint_of_the_single_file_exports_to_the_same_policy(finished, tmp_path, capsys):
+    path = finished / "runs/done/checkpoint.pt"
+    assert export.main([str(path), str(tmp_path / "hf")]) == 0
+    assert "has the policy after 4 updates" in capsys.readouterr().out
+    state = torch.load(path)
+    model = nano.Model(nano.Config(**state["config"]))
+    model.load_state_dict(state["model"])
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.randint(len(nano.VOCABULARY), (3, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -165,38 +159,99 @@ OPTIONS = [  # refused before the ranks meet
     ("--lr fast", "--lr"),
     ("--relay R3", "--relay"),
     ("--updates 6", "--updates 6: give a multiple of 4"),
-    ("--group-size 1", "--group-size 1: give 2 or more"),
+    ("--group-size 1", "--group-size 1: give 2 to 1000000000"),
     ("--token-budget 20", "--token-budget 20: give 29 or more"),
     ("--tensor-parallel 2", "--tensor-parallel 2: give a divisor of the 1 processes"),
-    ("--gpu-memory 1.5", "--gpu-memory 1.5: give a share below 1"),
-    ("--eval-top-p 1.5", "--eval-top-p 1.5: give at most 1"),
-    ("--name a/b", "--name a/b: give one without /"),
+    ("--gpu-memory 1.5", "--gpu-memory 1.5: give 0.01 to 0.99"),
+    ("--eval-top-p 1.5", "--eval-top-p 1.5: give 0.01 to 1"),
+    ("--temperature 2.5", "--temperature 2.5: give 0.01 to 2"),
+    ("--lr 3", "--lr 3.0: give 1e-12 to 1"),
+    ("--clip-low 1", "--clip-low 1.0: give 0 to 0.99"),
+    ("--importance-sampling none", "--importance-sampling none: give token or sequence or staleness"),
+    ("--name=", "--name : give up to 60 letters"),
+    ("--name a/b", "--name a/b: give up to 60 letters"),
+    ("--name ..", "--name ..: give up to 60 letters"),
+    ("--name " + "a" * 300, f"--name {'a' * 60}: give up to 60 letters"),
+    ("--name two\nlines", "--name two lines: give up to 60 letters"),
     ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
-    ("--name done --lr 0.5 --resume", "--resume: lr differ from runs/done/config.json; only updates can change"),
-    ("--resume", "--resume: runs/laptop has no checkpoint"),
+    ("--name done", "--name done: is taken; give another, or --resume done"),
+    ("--name file", "--name file: is taken"),
+    ("--resume done --lr 0.5 --updates 8", "--resume done: lr cannot change; what can: check_sync, "),
+    ("--resume done --name other", "--resume done: name cannot change"),
+    ("--resume done --updates 6", "--updates 6: give a multiple of 4"),
+    ("--resume laptop", "--resume laptop: runs/laptop has no checkpoint; start a run with --config"),
+    ("--resume ../done", "--name ../done: give up to 60 letters"),
+    ("--resume rotten", "runs/rotten has no checkpoint that is whole (update-000004: No such file or directory)"),
+    ("--resume older", "--resume older: its options are not those of this version: colour"),
+    ("--resume done --config done.toml", "give --config FILE for a new run, or --resume NAME, which has its options"),
+    ("--seed 1 --no-config", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
+    ("--config " + "a" * 300, "there is no such file"),
     ("--config wrong.toml", "--config wrong.toml: colour is no option"),
     ("--config broken.toml", "--config broken.toml: is not TOML"),
+    ("--config bytes.toml", "--config bytes.toml: is not TOML"),
+    ("--config deep.toml", "--config deep.toml: is not TOML"),
+    ("--config string.toml", "--config string.toml: updates = 8 is of type str; give a whole number"),
+    ("--config number.toml", "--config number.toml: reward = 3 is of type int; give text in quotes"),
+    ("--config float.toml", "--config float.toml: prompts = 8.0 is of type float; give a whole number"),
+    ("--config bool.toml", "--config bool.toml: lr = True is of type bool; give a number"),
+    ("--config table.toml", "--config table.toml: clip = {'a': 1} is of type dict; give true or false"),
+    ("--config huge.toml", "--config huge.toml: lr = 1000"),
+    ("--config name.toml", "--name two lines: give up to 60 letters"),
     ("--checkpoint=", "--checkpoint : give the folder"),
 ]
+FILES = {"wrong": "colour = 1", "broken": "colour", "deep": "a = " + "[" * 5000, "string": 'updates = "8"',
+         "number": "reward = 3", "float": "prompts = 8.0", "bool": "lr = true", "table": "[clip]\na = 1",
+         "huge": f"lr = 1{'0' * 400}", "name": 'name = "two\\nlines"', "done": ""}
 
 
-@pytest.mark.parametrize("argv, line", OPTIONS, ids=[row[0] for row in OPTIONS])
+def saved_run(folder, **changes):
+    """A run whose options can be read, and nothing else."""
+    checkpoint = folder / "update-000004"
+    checkpoint.mkdir(parents=True)
+    for name in (".metadata", "config.json", "metrics.jsonl"):
+        (checkpoint / name).touch()
+    options = asdict(read_config(LAPTOP, {"name": folder.name, "updates": 4})) | changes
+    (checkpoint / "config.json").write_text(json.dumps(options))
+    digests = {path.name: digest(path) for path in checkpoint.iterdir()}
+    (checkpoint / "files.json").write_text(json.dumps(digests | {"__0_0.distcp": ""}))
+
+
+@pytest.mark.parametrize("argv, line", OPTIONS, ids=[row[0][:40] for row in OPTIONS])
 def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/taken").mkdir(parents=True)
     (tmp_path / "runs/taken/config.json").touch()
-    (tmp_path / "runs/done/update-000004").mkdir(parents=True)
-    saved = asdict(read_config(LAPTOP, {"name": "done", "updates": 4}))
-    (tmp_path / "runs/done/config.json").write_text(json.dumps(saved))
-    (tmp_path / "wrong.toml").write_text("colour = 1")
-    (tmp_path / "broken.toml").write_text("colour")
-    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "runs/file").touch()
+    saved_run(tmp_path / "runs/done")
+    saved_run(tmp_path / "runs/older", colour="red")
+    (tmp_path / "runs/rotten/update-000004").mkdir(parents=True)
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    argv = argv.split(" ")
+    config = [] if {"--resume", "--no-config"} & {*argv} else ["--config", LAPTOP]
     with pytest.raises(SystemExit) as end:
-        train.main(["--config", LAPTOP, *argv.split()])
+        train.main([*config, *(x for x in argv if x != "--no-config")])
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and line in err
-    assert sorted(tmp_path.rglob("*")) == before
+    assert end.value.code == 2 and err.count("\n") == 1 and line in err and len(err) < 400
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_the_names_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [Path("runs/a/update-000004"), Path("runs/a/update-000012"), Path("runs/b@4/update-000008")]
+    for path in paths:
+        path.mkdir(parents=True)
+    for source, found in (("runs/a", paths[:2]), ("runs/a/", paths[:2]), ("runs/a@4", paths[:1]),
+                          ("runs/a@12", paths[1:2]), ("runs/a/update-000012", paths[1:2]), ("runs/b@4", paths[2:])):
+        assert find_checkpoints(source) == found, source
+    for source, line in (("runs/a@8", "runs/a has no checkpoint of update 8, only of 4, 12"),
+                         ("runs/c", "runs/c has no checkpoint: give"), ("runs", "runs has no checkpoint: give"),
+                         ("runs/a@x", "runs/a@x has no checkpoint: give"), ("", " has no checkpoint: give")):
+        with pytest.raises(ValueError, match=line):
+            find_checkpoints(source)
 
 
 def test_a_batch_that_processes_do_not_divide_is_refused():
@@ -258,23 +313,9 @@ def test_checkpoints_and_data_are_refused(group, material, monkeypatch, changes,
 
 def test_vllm_of_another_version_is_refused(group, material, monkeypatch):
     monkeypatch.chdir(material)
-    monkeypatch.setattr("scaled.rollout.VLLM", "0.31.0")
+    monkeypatch.setattr("scaled.vllm_internals.VLLM", "0.31.0")
     with pytest.raises(ValueError, match=r"vllm 0\.30\.0\S*: scaled needs 0\.31\.0; install"):
         Run(Config(checkpoint="good", train_data="good.jsonl"), False)
-
-
-def test_a_rank_that_fails_ends_all_with_its_line(tmp_path):
-    """Rank 1 fails in the middle of a run, rank 0 waits for it in a collective."""
-    (tmp_path / "picky.py").write_text("""import os
-def reward(prompts, texts, tokens):
-    training = prompts[0].id.startswith("train.jsonl")  # not the score before it
-    return [float("nan") if training and os.environ["RANK"] == "1" else 1.0 for _ in texts]
-""")
-    process = start(tmp_path, "scaled.train", "--config", LAPTOP, "--reward", "picky:reward", "--updates", 4)
-    code, out, err = finish(process)
-    assert code != 0
-    lines = [line for line in err.splitlines() if line.startswith("scaled: ")]
-    assert len(lines) == 1 and "rank 1 at update 0: " in lines[0] and "train.jsonl:" in lines[0]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "none"])

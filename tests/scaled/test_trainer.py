@@ -25,8 +25,7 @@ def test_the_maths_is_that_of_the_single_file():
     for module, names in ((trainer, ["minirl_loss", "Rollout"]), (train, ["group_advantages"]),
                           (run, ["Rollout", "adamw"]),
                           (batches, ["Rollout"]), (logprobs, ["token_logprobs", "entropy"]),
-                          (metrics, ["kl_k3", "extreme_token_fraction", "effective_sample_size",
-                                     "routing_agreement"])):
+                          (metrics, ["kl_k3", "extreme_token_fraction", "routing_agreement"])):
         for name in names:
             assert getattr(module, name) is getattr(nano, name), name
 
@@ -38,9 +37,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+def graded(model, n_prompts=6, precision="fp8"):
+    """With rewards that differ within every group, so that every mini-batch has a gradient."""
+    rollout = sample_rollout(model, precision, n_prompts)
+    rewards = torch.rand(len(rollout.tokens), generator=torch.Generator().manual_seed(0))
+    return replace(rollout, rewards=rewards, advantages=nano.group_advantages(rewards, model.config.group_size))
+
+
 def options(c, **changes):
-    names = ("replay", "clip", "importance_sampling", "length_norm", "temperature", "mini_batches",
-             "group_size", "lr")
+    names = ("replay", "clip", "clip_low", "clip_high", "importance_sampling", "length_norm", "temperature",
+             "mini_batches", "group_size", "lr")
     return Config(**{name: getattr(c, name) for name in names} | dict(
         checkpoint="there", train_data="there", train_precision="fp32", prompts=3, max_prompt=10,
         max_response=30, updates=c.mini_batches, token_budget=100) | changes)
@@ -51,7 +57,8 @@ def whole(tensor):
 
 
 CASES = [dict(), dict(replay="R2"), dict(replay="none", clip=False), dict(mini_batches=1),
-         dict(importance_sampling="sequence"), dict(importance_sampling="none", length_norm=True)]
+         dict(importance_sampling="sequence"), dict(importance_sampling="staleness", length_norm=True),
+         dict(clip_low=0.01, clip_high=0.004)]
 
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
@@ -59,14 +66,15 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
     """N = 2 mini-batches with an update between them, so that the second is off-policy."""
     c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2) | changes)
     model = nano.Model(c)
-    rollout = sample_rollout(model, "fp8", n_prompts=3 * c.mini_batches)
+    rollout = graded(model, n_prompts=3 * c.mini_batches)
     policy = load_policy(folder, precision="fp32", logits_bytes=4 * 13 * 7, device="cpu",
                          gradient_checkpointing=False, cpu_offload=False)
     losses = []
 
     def loss_fn(*tensors, **counts):
-        loss, gate = nano.minirl_loss(*tensors, **counts, clip=c.clip, length_norm=c.length_norm,
-                                      importance_sampling=c.importance_sampling)
+        loss, gate = nano.minirl_loss(
+            *tensors, **counts, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
+            length_norm=c.length_norm, importance_sampling=c.importance_sampling)
         losses.append(loss.item())
         return loss, gate
 
@@ -76,9 +84,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
     sgd[1].register_step_pre_hook(lambda *_: gradients.update(
         (n.removeprefix("model."), whole(p.grad).clone()) for n, p in policy.model.named_parameters()))
     s = options(c)
-    ours = prepare_batch(policy, replace(rollout, advantages=nano.group_advantages(
-        rollout.rewards, c.group_size)), s)
-    theirs = nano.prepare_batch(model, rollout)
+    ours, theirs = prepare_batch(policy, rollout, s), nano.prepare_batch(model, rollout)
     for part, other in zip(ours.split(12), theirs.split(12), strict=True):
         got = train_step(policy, sgd[1], part, s)
         expected = nano.train_step(model, sgd[0], other, loss_fn)
@@ -87,16 +93,19 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
         assert got["loss"] == pytest.approx(losses[-1], rel=1e-5, abs=1e-5)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+        assert expected["grad_norm"] > 1e-3
     assert expected["staleness_kl"] > 1e-6 or c.mini_batches == 1
+    if c.clip_high < 0.01:
+        assert expected["clip_fraction"] > 0.01
 
 
 def test_a_loss_that_is_not_finite_keeps_the_weights(group, folder):
     c = nano.Config(**SHAPE | dict(mini_batches=1, updates=1))
     policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
                          gradient_checkpointing=False, cpu_offload=False)
-    rollout = sample_rollout(nano.Model(c), "fp8", n_prompts=3)
+    rollout = graded(nano.Model(c), n_prompts=3)
     rollout.rollout_logprobs[rollout.mask] = float("nan")
-    batch = prepare_batch(policy, replace(rollout, advantages=rollout.rewards - 0.3), options(c))
+    batch = prepare_batch(policy, rollout, options(c))
     before = [whole(p).clone() for p in policy.parameters()]
     with pytest.raises(FloatingPointError, match="nan"):
         train_step(policy, torch.optim.SGD(policy.parameters(), 0.1), batch, options(c))
@@ -107,19 +116,18 @@ def test_r3_without_a_route_for_every_token_is_an_error_with_the_count(group, fo
     c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2))
     policy = load_policy(folder, precision="fp32", logits_bytes=10**6, device="cpu",
                          gradient_checkpointing=False, cpu_offload=False)
-    rollout = sample_rollout(nano.Model(c), "fp8")
+    rollout = graded(nano.Model(c))
     rollout.routing[1, 2] = 0  # one token, all three layers
     assert metrics.missing_routes(rollout) == 3
-    batch = replace(rollout, advantages=rollout.rewards)
     with pytest.raises(ValueError, match="3 of"):
-        prepare_batch(policy, batch, options(c, token_budget=10**5))
+        prepare_batch(policy, rollout, options(c, token_budget=10**5))
 
 
 def test_sums_are_not_means_of_means():
     """Two passes of unlike size: the metrics are those of all tokens together."""
     c = nano.Config(**SHAPE | dict(mini_batches=1, updates=1))
     model = nano.Model(c)
-    whole_batch = sample_rollout(model, "int4")
+    whole_batch = graded(model, precision="int4")
     generator = torch.Generator().manual_seed(0)
     shape = whole_batch.rollout_logprobs.shape
     logprobs = whole_batch.rollout_logprobs + 0.3 * torch.randn(shape, generator=generator)
@@ -131,7 +139,7 @@ def test_sums_are_not_means_of_means():
         part = batches.take(whole_batch, rows)
         T = part.tokens.shape[1] - 1
         sums.add_pass(part, *(x[rows][:, :T] for x in (logprobs, old, entropies, routing, gate)))
-    got, mask, mu = sums.means(), whole_batch.mask, whole_batch.rollout_logprobs
+    got, mask, mu = sums.over_ranks(), whole_batch.mask, whole_batch.rollout_logprobs
     fed = whole_batch.fed
     expected = dict(
         reward=whole_batch.rewards.mean(), entropy=entropies[mask].mean(),
@@ -175,8 +183,7 @@ def test_two_ranks_are_one_process(folder, tmp_path):
     """Same metrics, loss, gradient norm and weights, with the long responses all on one rank."""
     (tmp_path / "hf").symlink_to(folder)
     for name, n in (("off", 6), ("on", 3)):
-        rollout = sample_rollout(nano.Model(nano.Config(**SHAPE)), "fp8", n_prompts=n)
-        rollout.advantages = nano.group_advantages(rollout.rewards, 4)
+        rollout = graded(nano.Model(nano.Config(**SHAPE)), n_prompts=n)
         # within a mini-batch of 12 rows: first the long ones
         order = torch.cat([12 * i + rollout.lengths[12 * i:12 * i + 12].argsort(descending=True)
                            for i in range(n // 3)])
@@ -223,8 +230,7 @@ def updates_between_moves(rank, world, folder, moved):
 
 def test_a_trainer_that_leaves_and_comes_back_is_the_same(folder, tmp_path):
     (tmp_path / "hf").symlink_to(folder)
-    rollout = sample_rollout(nano.Model(nano.Config(**SHAPE)), "fp8", n_prompts=3)
-    rollout.advantages = nano.group_advantages(rollout.rewards, 4)
+    rollout = graded(nano.Model(nano.Config(**SHAPE)), n_prompts=3)
     torch.save(rollout, tmp_path / "batch")
     for moved in ("stayed", "moved"):
         (tmp_path / moved).mkdir()

@@ -1,0 +1,90 @@
+"""runs/NAME: one run at a time, files that are whole or not there, and what a run resumes with."""
+
+import fcntl
+import os
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from scaled import checkpoint
+from scaled.config import Config, check_name
+
+LOCK = ".lock"
+
+
+def write_aside(path: Path, text: str):
+    """The file has the old text or the new one, whatever cuts this short."""
+    aside = path.with_name(f".{path.name}")
+    with naming(path):
+        aside.write_text(text)
+        os.replace(aside, path)
+
+
+@contextmanager
+def naming(path: Path):
+    """An OSError names the file: that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from error
+
+
+def check_folder(folder: Path, resume: bool):
+    """ValueError if a folder cannot take a new run, or has nothing to resume."""
+    saved = checkpoint.checkpoints(folder)
+    if resume and not saved:
+        raise ValueError(f"--resume {folder.name}: {folder} has no checkpoint; start a run with "
+                         "--config")
+    if not resume and (folder.is_symlink() or folder.exists()):
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
+            raise ValueError(f"--name {folder.name}: is taken; give another, or " + (
+                f"--resume {folder.name}" if saved else f"remove {folder}: it has no checkpoint"))
+
+
+class Claim:
+    """runs/NAME belongs to this process until it ends, however it ends. ValueError if another has
+    it, also one that came between the check and this. Nothing is left of a claim that is given up
+    before anything was written."""
+
+    def __init__(self, folder: Path, resume: bool):
+        self.folder = folder
+        check_folder(folder, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / LOCK, "w")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--name {folder.name}: a run that has not ended is in {folder}; give "
+                             "another name, or end that run") from None
+        except OSError as error:
+            raise ValueError(f"--name {folder.name}: {folder} cannot be locked for this run: "
+                             f"{error.strerror}") from error
+        try:
+            check_folder(folder, resume)  # again, now that nobody else can change it
+        except ValueError:
+            self.give_up()
+            raise
+
+    def give_up(self):
+        (self.folder / LOCK).unlink(missing_ok=True)
+        self.file.close()
+        try:
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
+        except OSError:  # not empty: there was something before, or is now
+            pass
+
+
+def resumed_config(name: str, given: dict) -> Config:
+    """The options of runs/NAME, and over them those of the command line that are free to change.
+    ValueError for others, and without a checkpoint."""
+    folder = Path("runs", check_name(name))
+    check_folder(folder, resume=True)
+    saved, known = checkpoint.options(folder), {f.name for f in fields(Config)}
+    if saved.keys() != known:
+        raise ValueError(f"--resume {name}: its options are not those of this version: "
+                         f"{', '.join(sorted(saved.keys() ^ known))}")
+    if fixed := sorted(key for key in given.keys() - Config.free if given[key] != saved[key]):
+        raise ValueError(f"--resume {name}: {', '.join(fixed)} cannot change; what can: "
+                         f"{', '.join(sorted(Config.free))}")
+    return Config(**saved | given | {"name": name})
