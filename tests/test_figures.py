@@ -55,19 +55,19 @@ def synthetic(end=0.7, reward=(0.3, 0.5, 0.6, 0.65, 0.7) * 4, **changes):
 
 
 def test_outcomes_of_a_run_by_hand():
-    reward = [0.2] * 4 + [0.8] * 8 + [0.4] * 8
-    run = synthetic(end=0.4, reward=reward, staleness_kl=[0.01] * 19 + [2.5])
-    assert (outcomes.end(run), outcomes.best(run), outcomes.kept(run)) == pytest.approx((0.4, 0.8, 0.5))
+    reward = [0.2] * 4 + [0.8] * 8 + [0.4] * 8  # means of eight, 64 updates: .8 at the twelfth, then .75 < .95 * .8
+    run = synthetic(end=0.35, reward=reward, staleness_kl=[0.01] * 19 + [2.5])
+    assert (outcomes.end(run), outcomes.best(run), outcomes.kept(run)) == pytest.approx((0.35, 0.8, 0.5))
     assert outcomes.area(run) == pytest.approx(sum(reward) / 20) and outcomes.staleness_tail(run) == 2.5
-    # means of four values: .8 for the last time at the twelfth, update 96; .7 < .95 * .8 from 104 on
     assert outcomes.failed(run) and outcomes.updates_until_failure(run) == 104
-    assert outcomes.updates_until_failure(synthetic(end=0.9)) is None
+    assert outcomes.updates_until_failure(synthetic(reward=[0.5] * 20)) is None
+    assert outcomes.kept(run | dict(stopped="loss nan")) == 0 and outcomes.failed(synthetic(reward=[], stopped="at once"))
 
 
 @pytest.mark.parametrize("ratio, failing", [(0.84, True), (0.91, True), (0.94999, True), (0.95, False), (0.97, False)])
 def test_failing_as_applied_to_the_published_curves(ratio, failing):
-    """End over best of - IS, of R2 at N = 2 without clip and at N = 8 with, of R3 + clip at N = 8."""
-    assert outcomes.failed(synthetic(end=ratio, engine_score=[[80, 1.0], [160, ratio]])) is failing
+    """Last over best of - IS, of R2 at N = 2 without clip and at N = 8 with, of R3 + clip at N = 8."""
+    assert outcomes.failed(synthetic(reward=[1.0] * 10 + [ratio] * 10)) is failing
 
 
 def test_entropy_and_spikes():
@@ -121,7 +121,9 @@ def test_verdicts_follow_the_effects():
     gain = {"R3": 0.25, "none, no clip": -0.3, "R3, no clip": -0.2, "R2, no clip": -0.3, "DPPO": 0.1}
 
     def run(cell, seed, noise):
-        return synthetic(0.5 + noise + (gain.get(cell.method, 0) if cell.regime != "mild" else 0), reward=[0.5] * 20,
+        failing = "no clip" in cell.method and cell.N == 32
+        return synthetic(0.5 + noise + (gain.get(cell.method, 0) if cell.regime != "mild" else 0),
+                         reward=[0.5] * 10 + [0.3 + noise if failing else 0.5] * 10,
                          mismatch_kl=[2e-3 if cell.method == "R3" else 0.4] * 20)
 
     found = decisions(all_runs(run))
@@ -145,7 +147,7 @@ def test_replay_is_not_compared_where_it_cannot_matter():
 
 def test_nothing_is_compared_when_the_base_recipe_fails_by_itself():
     def run(cell, seed, noise):
-        return synthetic(0.3 if (cell.regime, seed) == ("fp32", 1003) else 0.7, reward=[0.69] * 20)
+        return synthetic(reward=[0.7] * 10 + [0.3 if (cell.regime, seed) == ("fp32", 1003) else 0.7] * 10)
 
     with pytest.raises(ValueError, match="1 of 8 seeds fail"):
         claims.verdicts(all_runs(run))

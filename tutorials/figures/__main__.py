@@ -8,8 +8,7 @@ sys.path.insert(1, str(TUTORIALS.parent))
 
 import figures  # noqa: E402
 import nano_moe_rl as nano  # noqa: E402
-from figures import claims, drawing, grid, mechanism, runner  # noqa: E402
-from figures.outcomes import Runs  # noqa: E402
+from figures import claims, drawing, grid, mechanism, outcomes, runner  # noqa: E402
 
 
 def plan(results: Path) -> str:
@@ -26,9 +25,10 @@ def plan(results: Path) -> str:
 
 
 def report(results: Path):
-    runs = Runs(runner.load(results / "core.jsonl"))
-    (results / "verdicts.md").write_text(table := claims.table(runs))
-    print(table)
+    runs = outcomes.Runs(runner.load(results / "core.jsonl"))
+    text = f"# Verdicts\n\n{claims.table(runs)}\n# Outcomes of every cell\n\n{outcomes.table(runs)}"
+    (results / "verdicts.md").write_text(text)
+    print(text)
     gradients = read(results / "mechanism.json")
     captions = [draw(runs, results) for draw in drawing.PICTURES] + [drawing.mechanism(gradients, results)]
     print(*filter(None, captions), sep="\n")

@@ -1,8 +1,9 @@
 """The published claims, in the paper's order, and how each is decided. This file alone states them.
 
-Regimes: router noise .8 unless a claim says otherwise. "Fails" and "lasts" are about the mean over
-seeds of end over best (below, above .95); counts of failed seeds are printed beside it. An end is the
-engine score after the last update. Every decision is by a 95 % interval over paired seeds.
+Regimes: router noise .8 unless a claim says otherwise. An end is the engine score after the last
+update. "Lasts" and "fails" are about the reward of the last 64 updates over the best of any 64, by its
+mean over seeds, above .95 or below; how many single seeds lie below is printed beside it. Every
+decision is by a 95 % interval over paired seeds.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def lasts(N, method, so: bool = True) -> Part:
     """The run keeps its best score; with so=False: it does not, it fails."""
     def part(runs):
         ratio, failures = runs.mean(cell(N, method), kept), runs.failures(cell(N, method))
-        text = (f"N={N}, {method}: end over best {ratio.mean:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], "
+        text = (f"N={N}, {method}: last over best {ratio.mean:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], "
                 f"{failures.mean * failures.n:.0f} of {failures.n} seeds fail")
         return text, ratio.above(FAILING) if so else ratio.below(FAILING)
     return part

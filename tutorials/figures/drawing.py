@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures import intervals, outcomes
-from figures.grid import LITTLE, MUCH, Cell
+from figures.grid import LITTLE, METHODS, MUCH, Cell
 from figures.outcomes import Runs, end
 from figures.runner import STEP
 
@@ -117,10 +117,12 @@ def ends(runs: Runs, folder: Path) -> str | None:
     columns = 3
     figure = Figure(figsize=(11, 2.6 * -(-len(panels) // columns)), layout="constrained")
     places = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False).flat
-    for axes, ((regime, N), methods) in zip(places, panels.items()):
+    for ((regime, N), methods), axes in zip(sorted(panels.items()), places):
+        methods = sorted(methods, key=[*METHODS].index)
         for x, method in enumerate(methods):
             points(axes, x, [*runs.per_seed(f"{regime} | {N} | {method}", end).values()], method)
-        axes.set(title=f"{regime}, {N.replace('=', ' = ')}", xticks=range(len(methods)), ylim=(0, 1))
+        axes.set(title=f"{regime}, {N.replace('=', ' = ')}", xticks=range(len(methods)), ylim=(0, 1),
+                 xlim=(-0.5, len(methods) - 0.3))
         axes.set_xticklabels([m.replace(", ", ",\n") for m in methods], fontsize=8)
         axes.grid(alpha=0.25, axis="y")
     for axes in places:
