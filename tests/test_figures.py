@@ -1,4 +1,4 @@
-"""The objectives beside MiniRL, the rules of the figures, and a quick grid from end to end."""
+"""The figures: outcomes, intervals and verdicts by hand; the runner from end to end."""
 
 import json
 import math
@@ -8,194 +8,214 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sample_rollout
 
-import figures
-import objectives
+import nano_moe_rl as nano
+from figures import claims, grid, intervals, mechanism, outcomes, runner
+from figures.intervals import ABSENT, CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED
 
-B, T, G = 6, 5, 3
-
-
-@pytest.fixture
-def case():
-    generator = torch.Generator().manual_seed(0)
-    logprobs, old, rollout = (-2 * torch.rand(B, T, generator=generator) for _ in range(3))
-    mask = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 2])[:, None]
-    return logprobs.requires_grad_(), old, rollout, torch.randn(B, generator=generator), mask
-
-
-def clipped(ratio, advantage, low, high):
-    """The objective min(r Â, clip(r) Â) and its derivative in log r."""
-    bounded = min(max(ratio, 1 - low), 1 + high)
-    if ratio * advantage <= bounded * advantage:
-        return ratio * advantage, ratio * advantage
-    return bounded * advantage, 0.0
-
-
-def slow(name, logprobs, old, rollout, advantages, mask):
-    """Each objective, a token at a time -> loss, gradient in logprobs."""
-    loss, gradient, n_tokens = 0.0, torch.zeros(B, T), int(mask.sum())
-    for i in range(B):
-        tokens, advantage = [t for t in range(T) if mask[i, t]], advantages[i].item()
-        if name == "gspo":
-            ratio = math.exp(sum((logprobs[i, t] - old[i, t]).item() for t in tokens) / len(tokens))
-            value, slope = clipped(ratio, advantage, 3e-4, 4e-4)
-            loss -= value / B
-        for t in tokens:
-            ratio = math.exp(logprobs[i, t] - old[i, t])
-            if name == "grpo":
-                value, slope = clipped(ratio, advantage, 0.2, 0.27)
-                loss, gradient[i, t] = loss - value / len(tokens) / B, -slope / len(tokens) / B
-            elif name == "cispo":
-                gradient[i, t] = -min(max(ratio, 0.8), 1.27) * advantage / n_tokens
-                loss += (gradient[i, t] * logprobs[i, t]).item()
-            elif name == "gspo":
-                gradient[i, t] = -slope / len(tokens) / B
-            else:
-                pi, mu = math.exp(logprobs[i, t]), math.exp(rollout[i, t])
-                pushed_on = advantage > 0 and pi > mu or advantage < 0 and pi < mu
-                if not (pushed_on and abs(pi - mu) > 0.15):
-                    gradient[i, t] = -min(pi / mu, 5) * advantage / B
-                    loss += (gradient[i, t] * logprobs[i, t]).item()
-    return loss, gradient
-
-
-@pytest.mark.parametrize("name", ["grpo", "cispo", "gspo", "dppo"])
-def test_objectives_against_a_token_at_a_time(case, name):
-    logprobs, *_, mask = case
-    loss, gate = getattr(objectives, f"{name}_loss")(*case, n_sequences=B, n_tokens=int(mask.sum()))
-    loss.backward()
-    expected, gradient = slow(name, *(x.detach() for x in case))
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(logprobs.grad, gradient)
-    assert gate.shape == mask.shape and gate.dtype == torch.bool
-    assert torch.equal(gate[mask], (gradient != 0)[mask])
-    assert name == "cispo" or not gate[mask].all(), "the case needs tokens without gradient"
-
-
-@pytest.mark.parametrize("name", ["grpo", "cispo", "gspo", "dppo"])
-def test_padding_has_no_influence_on_objectives(case, name):
-    *_, advantages, mask = case
-    loss_fn, kwargs = getattr(objectives, f"{name}_loss"), dict(n_sequences=B, n_tokens=int(mask.sum()))
-    spoiled = [x.detach().masked_fill(~mask, math.nan) for x in case[:3]]
-    spoiled[0].requires_grad_()
-    loss, _ = loss_fn(*spoiled, advantages, mask, **kwargs)
-    loss.backward()
-    assert torch.equal(loss.detach(), loss_fn(*case, **kwargs)[0].detach())
-    assert spoiled[0].grad[~mask].abs().max() == 0
-
-
-def test_standardised_advantages():
-    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1])
-    expected = [(1 - 1 / 3) / math.sqrt(2 / 9), *[-(1 / 3) / math.sqrt(2 / 9)] * 2, 0, 0, 0]
-    torch.testing.assert_close(objectives.standardised_advantages(rewards, G), torch.tensor(expected), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("ratio, failing", [(0.84, True), (0.91, True), (0.94999, True), (0.95, False), (0.97, False)])
-def test_failing_as_applied_to_the_published_curves(ratio, failing):
-    """End over peak of - IS, of R2 at N = 2 without clip and at N = 8 with, of R3 + clip at N = 8."""
-    assert figures.fails(ratio, 1.0) is failing
-    assert not figures.collapses(ratio, 1.0) and figures.collapses(0.49, 1.0) and not figures.collapses(0.5, 1.0)
-
-
-def test_smoothing_is_the_mean_of_five():
-    scores = [0.1, 0.5, 0.2, 0.9, 0.4, 0.6, 0.3]
-    assert figures.smooth(scores) == pytest.approx([sum(scores[i : i + 5]) / 5 for i in range(3)])
+CELLS = {cell.key: cell for block in grid.BLOCKS for cell in block.cells}
 
 
 @pytest.mark.parametrize("count, n", [(0, 8), (3, 8), (8, 8)])
 def test_clopper_pearson_bounds_are_the_counts_tail_probabilities(count, n):
-    low, high = figures.clopper_pearson(count, n)
+    of = intervals.share(count, n)
     tail = lambda p, ks: sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in ks)  # noqa: E731
-    assert low == 0 if count == 0 else tail(low, range(count, n + 1)) == pytest.approx(0.025)
-    assert high == 1 if count == n else tail(high, range(count + 1)) == pytest.approx(0.025)
+    assert of.low == 0 if count == 0 else tail(of.low, range(count, n + 1)) == pytest.approx(0.025)
+    assert of.high == 1 if count == n else tail(of.high, range(count + 1)) == pytest.approx(0.025)
 
 
 def test_mean_interval_covers_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(0.3, 2.0, (4000, 8))
-    covered = np.mean([low <= 0.3 <= high for _, low, high in map(figures.mean_interval, draws)])
+    covered = np.mean([of.low <= 0.3 <= of.high for of in map(intervals.mean, draws)])
     assert abs(covered - 0.95) < 4 * (0.95 * 0.05 / 4000) ** 0.5
 
 
-def synthetic(scores, entropy=(0.3,) * 16, kl=(1e-3,) * 40):
-    return {"score": [[8 * i, score] for i, score in enumerate(scores)], "entropy": list(entropy),
-            "mismatch_kl": list(kl), "reward": [0.5] * 16, "flips": [0.01, 0.05, 0.09]}
+def test_one_seed_decides_nothing_and_equal_ones_have_no_width():
+    assert intervals.mean([0.7]).above(0) == intervals.mean([0.7]).within(9) == UNDECIDED
+    of = intervals.mean([0.75] * 4)
+    assert (of.mean, of.low, of.high, of.n) == (0.75, 0.75, 0.75, 4)
 
 
-def test_entropy_slope_is_taken_before_the_failure():
-    rising_then_falling = [0.01 * i for i in range(64)] + [0.6 - 0.01 * i for i in range(32)]
-    # means of five evaluations: .5, .5, .5, .48, then .46 < .95 * .5 at the evaluation of update 64
-    failing = synthetic([0.5] * 7 + [0.4] * 2 + [0.1] * 4, rising_then_falling)
-    assert figures.failed_run(failing)
-    assert figures.slope_before_failure(failing) == pytest.approx(0.01)
-    assert figures.slope_before_failure(synthetic([0.5] * 13, rising_then_falling)) == pytest.approx(-0.01)
+@pytest.mark.parametrize("low, high, above, below, within", [
+    (0.1, 0.2, REPRODUCED, CONTRADICTED, CONTRADICTED), (-0.2, -0.1, CONTRADICTED, REPRODUCED, CONTRADICTED),
+    (-0.01, 0.02, UNDECIDED, UNDECIDED, REPRODUCED), (-0.2, 0.2, UNDECIDED, UNDECIDED, UNDECIDED),
+    (0.01, 0.2, REPRODUCED, CONTRADICTED, UNDECIDED)])
+def test_decisions_by_an_interval(low, high, above, below, within):
+    of = intervals.Interval((low + high) / 2, low, high, 8)
+    assert (of.above(0), of.below(0), of.within(0.03)) == (above, below, within)
 
 
-def test_kl_spike_is_three_times_the_running_median():
-    assert not figures.kl_spike(synthetic([1], kl=[1e-3] * 30 + [2.9e-3] * 10))
-    assert figures.kl_spike(synthetic([1], kl=[1e-3] * 30 + [3.2e-3] * 10))
+def synthetic(end=0.7, reward=(0.3, 0.5, 0.6, 0.65, 0.7) * 4, **changes):
+    """A run of 160 updates whose curves have a value every 8."""
+    return dict(start=0.3, stopped=None, score=[[80, 0.8], [160, 0.9]], engine_score=[[80, 0.4], [160, end]],
+                routing_share=[[80, 0.98], [160, 0.97]], reward=list(reward), entropy=[0.3] * 20,
+                mismatch_kl=[1e-3] * 20, staleness_kl=[1e-3] * 20, extreme_token_fraction=[0.05] * 20, clip_fraction=[0.01] * 20,
+                flips_first=[0.1, 0.2, 0.3], flips_last=[0.1, 0.2, 0.3]) | changes
 
 
-def test_the_grid_has_every_cell_once_and_all_that_the_verdicts_ask_for():
-    cells = figures.grid()
-    assert len({cell.key for cell in cells}) == len(cells)
-    off_policy = {(c.options["mini_batches"], c.options["replay"], c.options["clip"]) for c in cells if "clip" in c.options}
-    assert off_policy == {(N, r, clip) for N in (2, 4, 8) for r in ("none", "R2", "R3") for clip in (True, False)}
-    for cell in cells:
-        assert cell.config(0, quick=False).eval_prompts >= 1024
-    assert len(figures.SEEDS) >= 8 and not set(figures.SEEDS) & set(figures.PILOT_SEEDS)
-    methods = {method for *_, names in figures.FIGURES.values() for method in names}
-    assert methods <= figures.STYLES.keys()
+def test_outcomes_of_a_run_by_hand():
+    reward = [0.2] * 4 + [0.8] * 8 + [0.4] * 8  # means of eight, 64 updates: .8 at the twelfth, then .75 < .95 * .8
+    run = synthetic(end=0.35, reward=reward, staleness_kl=[0.01] * 19 + [2.5])
+    assert (outcomes.end(run), outcomes.best(run), outcomes.kept(run)) == pytest.approx((0.35, 0.8, 0.5))
+    assert outcomes.area(run) == pytest.approx(sum(reward) / 20) and outcomes.staleness_tail(run) == 2.5
+    assert outcomes.failed(run) and outcomes.updates_until_failure(run) == 104
+    assert outcomes.updates_until_failure(synthetic(reward=[0.5] * 20)) is None
+    assert outcomes.kept(run | dict(stopped="loss nan")) == 0 and outcomes.failed(synthetic(reward=[], stopped="at once"))
 
 
-def all_runs(scores_of):
-    """Synthetic runs of the whole grid: scores_of(cell, seed) -> scores."""
-    return figures.Runs({(cell.key, seed): synthetic(scores_of(cell, seed))
-                         for cell in figures.grid() for seed in figures.SEEDS})
+@pytest.mark.parametrize("ratio, failing", [(0.84, True), (0.91, True), (0.94999, True), (0.95, False), (0.97, False)])
+def test_failing_as_applied_to_the_published_curves(ratio, failing):
+    """Last over best of - IS, of R2 at N = 2 without clip and at N = 8 with, of R3 + clip at N = 8."""
+    assert outcomes.failed(synthetic(reward=[1.0] * 10 + [ratio] * 10)) is failing
+
+
+def test_entropy_and_spikes():
+    rising = synthetic(entropy=[9.0] * 15 + [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert outcomes.entropy_slope(rising) == pytest.approx(0.1 * 100 / 8)
+    assert not outcomes.kl_spikes(synthetic(mismatch_kl=[1e-3] * 10 + [2.9e-3] * 10))
+    assert outcomes.kl_spikes(synthetic(mismatch_kl=[1e-3] * 10 + [3.2e-3] * 10))
+
+
+def test_comparisons_are_paired_by_seed():
+    ends = {"a": {1: 0.9, 2: 0.5, 3: 0.1}, "b": {2: 0.4, 1: 0.8, 9: 0.0}}
+    runs = outcomes.Runs({(cell, seed): synthetic(end) for cell, of in ends.items() for seed, end in of.items()})
+    of = runs.difference("a", "b")
+    assert of.mean == pytest.approx(0.1) and of.n == 2
+    with pytest.raises(outcomes.NotRun):
+        runs.difference("a", "c")
+
+
+def all_runs(run_of, seeds=range(1000, 1008)):
+    """Synthetic runs of the whole grid: run_of(cell, seed, noise) -> run."""
+    noise = np.random.default_rng(0)
+    return outcomes.Runs({(key, seed): run_of(cell, seed, noise.normal(0, 1e-3))
+                          for key, cell in CELLS.items() for seed in seeds})
 
 
 def decisions(runs):
-    return [decision for _, _, decision in figures.verdicts(runs)]
+    return [verdict.decision for verdict in claims.verdicts(runs)]
 
 
-def test_verdicts_without_any_failure():
-    """Every arm at the same .9: nothing is above anything, nothing fails, what needs a failure is absent."""
-    noise = np.random.default_rng(0).normal(0, 1e-3, (1000,))
-    found = decisions(all_runs(lambda cell, seed: [0.9 + noise[31 * len(cell.key) % 97 + seed]] * 13))
-    assert len(found) == 20
-    for stable in (2, 8, 13):
-        assert found[stable - 1] == figures.REPRODUCED
+def test_the_grid_has_what_the_claims_ask_for_and_fresh_seeds():
+    assert len(claims.CLAIMS) == len({claim.statement for claim in claims.CLAIMS}) == 20
+    assert NOT_RUN not in decisions(all_runs(lambda cell, seed, noise: synthetic(0.7 + noise)))
+    seeds = {seed for block in grid.BLOCKS for seed in block.seeds}
+    assert not seeds & ({*range(200, 204)} | {*grid.PILOT_SEEDS}) and mechanism.SEED not in seeds
+    primary = next(block for block in grid.BLOCKS if block.name == "primary")
+    assert len(primary.seeds) >= 16 and all(len(block.seeds) >= 2 for block in grid.BLOCKS)
+    for cell in CELLS.values():
+        assert cell.config(1000).eval_prompts >= 1024
+
+
+def test_verdicts_where_everything_is_equal():
+    found = decisions(all_runs(lambda cell, seed, noise: synthetic(0.7 + noise, reward=[0.69] * 20)))
+    for lasting in (2, 8, 13):
+        assert found[lasting - 1] == REPRODUCED
     for failing in (3, 6, 7, 11, 12):
-        assert found[failing - 1] == figures.CONTRADICTED
-    for needs_failure in (17, 18, 19):
-        assert found[needs_failure - 1] == figures.ABSENT
-    assert found[13] == figures.REPRODUCED and found[15] == figures.REPRODUCED
+        assert found[failing - 1] == CONTRADICTED
+    assert found[4 - 1] == found[9 - 1] == found[14 - 1] == found[16 - 1] == REPRODUCED
 
 
-def test_verdicts_follow_the_failures():
-    failing = {"N=2 | none | stressed", "N=4 | R2 | stressed", "N=4 | R3 | stressed", "N=4 | none | stressed",
-               "N=8 | R3 | stressed", "N=2 | R3 | stressed", "N=4 | none + clip | stressed"}
-    found = decisions(all_runs(lambda cell, seed: [0.9] * 8 + [0.2 if cell.key in failing else 0.9] * 5))
-    assert found[7 - 1] == found[11 - 1] == found[18 - 1] == figures.REPRODUCED
-    assert found[8 - 1] == figures.REPRODUCED
-    found = decisions(all_runs(lambda cell, seed: [0.99] * 13))
-    assert found[14 - 1] == figures.ABSENT  # all arms above .98: equal peaks mean nothing
+def test_verdicts_follow_the_effects():
+    gain = {"R3": 0.25, "none, no clip": -0.3, "R3, no clip": -0.2, "R2, no clip": -0.3, "DPPO": 0.1}
+
+    def run(cell, seed, noise):
+        failing = "no clip" in cell.method and cell.N == 32
+        return synthetic(0.5 + noise + (gain.get(cell.method, 0) if cell.regime != "mild" else 0),
+                         reward=[0.5] * 10 + [0.3 + noise if failing else 0.5] * 10,
+                         mismatch_kl=[2e-3 if cell.method == "R3" else 0.4] * 20)
+
+    found = decisions(all_runs(run))
+    for reproduced in (5, 10, 11, 18, 19, 20):
+        assert found[reproduced - 1] == REPRODUCED
+    for contradicted in (1, 4, 9):
+        assert found[contradicted - 1] == CONTRADICTED
 
 
-def test_a_quick_grid_runs_resumes_and_draws(tmp_path):
-    command = [sys.executable, str(ROOT / "tutorials" / "figures.py"), "all", "--quick", "--results", "results"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+def test_what_was_not_run_is_said_and_not_guessed():
+    found = claims.verdicts(outcomes.Runs({}))
+    assert {verdict.decision for verdict in found} == {NOT_RUN}
+    assert "precondition not run yet" in claims.table(outcomes.Runs({}))
+
+
+def test_replay_is_not_compared_where_it_cannot_matter():
+    runs = all_runs(lambda cell, seed, noise: synthetic(0.7 + noise, routing_share=[[160, 0.3]]))
+    for compares_replay in (1, 4, 5, 9, 10, 17):
+        assert decisions(runs)[compares_replay - 1] == ABSENT
+
+
+def test_nothing_is_compared_when_the_base_recipe_fails_by_itself():
+    def run(cell, seed, noise):
+        return synthetic(reward=[0.7] * 10 + [0.3 if (cell.regime, seed) == ("fp32", 1003) else 0.7] * 10)
+
+    with pytest.raises(ValueError, match="1 of 8 seeds fail"):
+        claims.verdicts(all_runs(run))
+
+
+def test_mechanism_takes_the_sampling_noise_out():
+    """Batches are a signal and noise ten times as long; the signals' cosine is .6, their lengths 2 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    d, n = 20_000, 48
+    signal = torch.zeros(2, d)
+    signal[0, 0], signal[1, 0], signal[1, 1] = 2, 0.6, 0.8
+    batches = signal[:, None] + 0.02 * torch.randn(2, n, d, generator=generator)
+    found = mechanism.measured(*batches)
+    for name, true in (("cosine", 0.6), ("length", 2.0), ("snr", 2 / (0.02 * d**0.5))):
+        mean, low, high = found[name]
+        assert low < true < high and high - low < 0.6 * true, name
+
+
+def test_replay_does_nothing_to_a_dense_model(config):
+    """The control: with as many active experts as there are, R3's gradient is that of none, whatever the noise."""
+    model = nano.Model(nano.replace(config, experts=2, top_k=2))
+    rollout = mechanism.rollout(model, "fp8", 0.8, seed=0, responses=48)
+    rollout.advantages = sample_rollout(model, "fp8", 12).rewards - 0.5
+    none, R3 = (mechanism.gradient(model, mechanism.prepared(model, rollout, replay), mechanism.TOKEN)
+                for replay in ("none", "R3"))
+    assert none.norm() > 0
+    torch.testing.assert_close(R3, none, atol=1e-6, rtol=1e-4)
+
+
+def test_replay_of_the_response_keeps_the_prompts_own_experts(model, rollout):
+    c = nano.replace(model.config, replay="R3", mini_batches=2, mini_batch=12)
+    model.config = c
+    batch = runner.replay_the_response(model, rollout)
+    own = nano.policy(model, nano.replace(rollout, replay=None))[2]
+    prompt = rollout.fed & ~rollout.mask
+    assert torch.equal(batch.replay[prompt], own[prompt])
+    assert torch.equal(batch.replay[rollout.mask], rollout.routing[rollout.mask])
+    assert not torch.equal(own[prompt], rollout.routing[prompt]), "the case needs prompts that flip"
+
+
+def figures(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "tutorials" / "figures"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_a_quick_grid_runs_resumes_repeats_and_draws(tmp_path):
+    quick = ("--quick", "--results", "results")
+    done = figures("all", *quick, "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     core = tmp_path / "results" / "core.jsonl"
-    rows = [json.loads(line) for line in core.read_text().splitlines()]
-    assert {row["cell"] for row in rows} == {cell.key for cell in figures.grid()}
-    assert done.stdout.count("| **") == 20
-    for name in (*figures.FIGURES, "summary"):
-        assert (tmp_path / "results" / f"{name}.svg").read_text().lstrip().startswith("<?xml")
-    kept = rows[:-2]
-    core.write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"cell": "N=')  # cut short
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=600).returncode == 0
-    again = [json.loads(line) for line in core.read_text().splitlines()]
-    assert again[: len(kept)] == kept
-    by_key = {(row["cell"], row["seed"]): row for row in again}
-    assert by_key == {(row["cell"], row["seed"]): row for row in rows}  # a run repeats exactly
+    rows = {(row["cell"], row["seed"]): row for row in map(json.loads, core.read_text().splitlines())}
+    assert {key for key, _ in rows} == CELLS.keys()
+    assert {row["revision"] for row in rows.values()} == {runner.REVISION}
+    git = subprocess.run(["git", "hash-object", "nano_moe_rl.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert git.startswith(runner.REVISION)
+    assert (tmp_path / "results" / "verdicts.md").read_text().count("| **") == 20
+    for name in ("summary", "ends", "mechanism"):
+        assert (tmp_path / "results" / f"{name}.svg").read_text().startswith("<?xml")
+
+    lines = core.read_text().splitlines(keepends=True)
+    core.write_text("".join(lines[:-2]) + lines[-1][:40])  # cut short
+    assert figures("core", *quick, cwd=tmp_path).returncode == 0
+    repeated = {(row["cell"], row["seed"]): row for row in map(json.loads, core.read_text().splitlines())}
+    for key, row in rows.items():
+        assert repeated[key] | {"seconds": 0} == row | {"seconds": 0}
+
+    key = "router | N=8 | R3"
+    assert "the same numbers" in figures("again", key, "1000", *quick, cwd=tmp_path).stdout
+    core.write_text(json.dumps(rows[key, 1000] | {"reward": [0.5]}) + "\n")
+    changed = figures("again", key, "1000", *quick, cwd=tmp_path)
+    assert changed.returncode == 1 and "other numbers: reward" in changed.stdout

@@ -4,10 +4,11 @@ Each takes logprobs, old_logprobs, rollout_logprobs (B, T), advantages (B,), mas
 the loss () and the gate (B, T), True where a token has a gradient. Formulas of GRPO and CISPO:
 arXiv 2512.01374, appendix A; GSPO: arXiv 2507.18071; DPPO: arXiv 2602.04879. Ratios are π_θ/π_old but where μ is named.
 """
-from torch import Tensor
+import torch
 from einops import rearrange
+from torch import Tensor
 
-from nano_moe_rl import clip_gate, importance_weights
+from nano_moe_rl import clip_gate, importance_weights, minirl_loss
 
 LOW, HIGH = 0.2, 0.27  # clip_gate's thresholds, for all objectives that clip a token's ratio
 
@@ -58,4 +59,26 @@ def dppo_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, *, n_s
     moved = (logprobs.exp() - rollout_logprobs.exp()).detach() * advantages.sign()[:, None]
     gate = moved <= threshold
     weights = importance_weights(logprobs, old_logprobs, rollout_logprobs, mask)
+    return -(weights * gate * advantages[:, None] * logprobs).sum() / n_sequences, gate
+
+
+def random_drop_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, *, n_sequences, n_tokens):
+    """A control, not a method: MiniRL which drops as many tokens as the clip gate would, but random ones."""
+    n_dropped = (~clip_gate(logprobs, old_logprobs, advantages) & mask).sum()
+    order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2).flatten().argsort()
+    gate = mask.new_ones(mask.numel()).index_fill(0, order[:n_dropped], False).view_as(mask)
+    loss, _ = minirl_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask & gate,
+                          n_sequences=n_sequences, n_tokens=n_tokens, clip=False)
+    return loss, gate
+
+
+def icepop_loss(logprobs, old_logprobs, rollout_logprobs, advantages, mask, *, n_sequences, n_tokens,
+                low=0.5, high=5.0, clip=True):
+    """MiniRL with IcePop's weight of the engines' gap: π_old/μ_old where it lies within [low, high], else 0."""
+    logprobs, old_logprobs, rollout_logprobs = without_padding(mask, logprobs, old_logprobs, rollout_logprobs)
+    gap = (old_logprobs - rollout_logprobs).detach().exp()
+    gate = (gap >= low) & (gap <= high)
+    if clip:
+        gate &= clip_gate(logprobs, old_logprobs, advantages, LOW, HIGH)
+    weights = importance_weights(logprobs, old_logprobs, old_logprobs, mask) * gap
     return -(weights * gate * advantages[:, None] * logprobs).sum() / n_sequences, gate

@@ -1,0 +1,9 @@
+"""The published claims of arXiv 2512.01374 in miniature, with seeds and intervals.
+
+    python tutorials/figures core      # run the grid; again: go on where it was interrupted
+    python tutorials/figures report    # verdicts and pictures from what there is
+
+Which runs there are, and why: grid. How one is made and kept: runner. What is read off it: outcomes.
+What is claimed, and how a verdict is decided: claims, with intervals. What a correction does to a
+gradient, without training: mechanism. Pictures: drawing.
+"""

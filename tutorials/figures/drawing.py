@@ -1,0 +1,161 @@
+"""Pictures of the runs. A method has one colour and marker everywhere; colours differ in lightness too."""
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from figures import intervals, outcomes
+from figures.grid import LITTLE, METHODS, MUCH, Cell
+from figures.outcomes import Runs, end
+from figures.runner import STEP
+
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "figures", "font.size": 9,
+                            "axes.spines.top": False, "axes.spines.right": False})
+STYLES = {"none": ("#000000", "o"), "R2": ("#E69F00", "s"), "R3": ("#0072B2", "^"), "no IS": ("#D55E00", "v"),
+          "sequence IS": ("#56B4E9", "D"), "R3, no IS": ("#CC79A7", "<"), "DPPO": ("#009E73", ">"),
+          "length norm": ("#999999", "P"), "no clip, half the lr": ("#56B4E9", "D"), "random drop": ("#D55E00", "v")}
+LABELS = {"none": "no replay", "no IS": "no replay,\nno IS weight"}
+
+
+def style(method: str) -> dict:
+    """Filled with clipping, hollow without."""
+    colour, marker = STYLES.get(method, STYLES.get(method.removesuffix(", no clip"), ("#777777", "x")))
+    hollow = method.endswith("no clip")
+    return dict(color=colour, marker=marker, markerfacecolor="white" if hollow else colour)
+
+
+def save(figure: Figure, path: Path):
+    figure.savefig(path, metadata={"Date": None})
+
+
+def points(axes, x: float, values: list[float], method: str):
+    """A point a seed, and beside them their mean with its interval."""
+    colour = style(method)["color"]
+    axes.scatter(x - 0.16 + np.linspace(-0.06, 0.06, len(values)), values, s=9, color=colour, alpha=0.35, linewidths=0)
+    of = intervals.mean(values)
+    if np.isfinite(of.low):
+        axes.errorbar(x + 0.08, of.mean, [[of.mean - of.low], [of.high - of.mean]], capsize=4, markersize=8,
+                      linewidth=1.8, linestyle="", **style(method))
+        axes.annotate(f"{of.mean:.2f}", (x + 0.16, of.mean), va="center")
+
+
+def summary(runs: Runs, folder: Path) -> str | None:
+    """The picture of the README: what the deployed policy scores at the end, by replay. -> its caption."""
+    groups = [("on-policy (N = 1)", 1, ["none", "R3"]), (f"off-policy (N = {LITTLE})", LITTLE, ["none", "R2", "R3"])]
+    if not all(Cell("router", N, method).key in runs.cells for _, N, methods in groups for method in ("none", "R3")):
+        return None
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    caption = []
+    for axes, (title, N, methods) in zip(figure.subplots(1, 2, sharey=True, width_ratios=[2, 3]), groups):
+        shown = [method for method in methods if Cell("router", N, method).key in runs.cells]
+        for x, method in enumerate(shown):
+            points(axes, x, [*runs.per_seed(Cell("router", N, method).key, end).values()], method)
+        difference = runs.difference(Cell("router", N, "R3").key, Cell("router", N, "none").key)
+        caption.append(f"N = {N}: R3 minus none {difference}")
+        axes.set(title=title, xticks=range(len(shown)), xticklabels=[LABELS.get(m, m) for m in shown],
+                 xlim=(-0.5, len(shown) - 0.3), ylim=(0, 1))
+        axes.grid(alpha=0.25, axis="y")
+    if "fp32 | N=1 | none" in runs.cells:
+        ideal = runs.mean("fp32 | N=1 | none", end)
+        caption.append(f"engines that agree (fp32), N = 1: {ideal}")
+        for axes in figure.axes:
+            axes.axhline(ideal.mean, color="#777777", linestyle="--", linewidth=1)
+        figure.axes[0].annotate("engines that agree", (-0.45, ideal.mean + 0.02), color="#555555", fontsize=8)
+    figure.axes[0].set_ylabel("score of the deployed policy")
+    save(figure, folder / "summary.svg")
+    return "summary: " + "; ".join(caption)
+
+
+def curves(runs: Runs, folder: Path) -> str | None:
+    """Reward, both gaps and entropy by update, mean and interval over seeds, for each N with router noise."""
+    for N, methods in ((1, ["none", "no IS", "R3", "R3, no IS"]), (LITTLE, ["none", "R2", "R3", "none, no clip"]),
+                       (MUCH, ["none", "R2", "R3", "none, no clip", "R3, no clip"])):
+        shown = [method for method in methods if Cell("router", N, method).key in runs.cells]
+        if not shown:
+            continue
+        figure = Figure(figsize=(10, 2.8), layout="constrained")
+        names = {"reward": "reward, inference engine", "mismatch_kl": "KL(μ‖π) of the engines",
+                 "staleness_kl": "KL(π_old‖π_θ), staleness", "entropy": "entropy of π, nats"}
+        for axes, (name, title) in zip(figure.subplots(1, 4), names.items()):
+            for method in shown if N > 1 or name != "staleness_kl" else []:
+                rows = [row[name] for row in runs.cells[Cell("router", N, method).key].values()]
+                band(axes, rows, method, log="kl" in name)
+            axes.set(title=title, xlabel="update")
+            axes.grid(alpha=0.25)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
+        save(figure, folder / f"curves-{N}.svg")
+    return None
+
+
+def band(axes, rows: list[list[float]], method: str, log: bool):
+    n = min(map(len, rows))
+    if n == 0:
+        return
+    y = np.array([row[:n] for row in rows])
+    of = [intervals.mean(np.log(column.clip(1e-9)) if log else column) for column in y.T]
+    mean, low, high = (np.array([getattr(x, name) for x in of]) for name in ("mean", "low", "high"))
+    if log:
+        mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
+        axes.set_yscale("log")
+    x = np.arange(1, n + 1) * STEP
+    looks = style(method) | dict(markersize=4, markevery=max(1, n // 6), linestyle="--" if "no " in method else "-")
+    axes.plot(x, mean, label=LABELS.get(method, method).replace("\n", " "), linewidth=1.3, **looks)
+    if np.isfinite(low).all():
+        axes.fill_between(x, low, high, color=looks["color"], alpha=0.13, linewidth=0)
+
+
+def ends(runs: Runs, folder: Path) -> str | None:
+    """Every cell's end beside one another, a panel for each regime and N that has more than one method."""
+    panels = {}
+    for key in runs.cells:
+        regime, N, method = key.split(" | ")
+        panels.setdefault((regime, N), []).append(method)
+    panels = {place: methods for place, methods in panels.items() if len(methods) > 1}
+    if not panels:
+        return None
+    columns = 3
+    figure = Figure(figsize=(11, 2.6 * -(-len(panels) // columns)), layout="constrained")
+    places = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False).flat
+    for ((regime, N), methods), axes in zip(sorted(panels.items()), places):
+        methods = sorted(methods, key=[*METHODS].index)
+        for x, method in enumerate(methods):
+            points(axes, x, [*runs.per_seed(f"{regime} | {N} | {method}", end).values()], method)
+        axes.set(title=f"{regime}, {N.replace('=', ' = ')}", xticks=range(len(methods)), ylim=(0, 1),
+                 xlim=(-0.5, len(methods) - 0.3))
+        axes.set_xticklabels([m.replace(", ", ",\n") for m in methods], fontsize=8)
+        axes.grid(alpha=0.25, axis="y")
+    for axes in places:
+        axes.remove()
+    save(figure, folder / "ends.svg")
+    return None
+
+
+def mechanism(rows: dict, folder: Path) -> str | None:
+    """Cosine with the true gradient against signal to noise of a batch, a panel for each dial."""
+    if not rows:
+        return None
+    dials = list(dict.fromkeys(key.split(" | ")[0] for key in rows))
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    for axes, dial in zip(figure.subplots(1, len(dials), sharey=True, squeeze=False).flat, dials):
+        for key, row in rows.items():
+            name = key.removeprefix(f"{dial} | ")
+            if name == key:
+                continue
+            (x, *x_ends), (y, *y_ends) = row["snr"], row["cosine"]
+            looks = style(MECHANISM.get(name, name))
+            axes.errorbar(x, y, [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]], linestyle="",
+                          elinewidth=0.7, **looks)
+            axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+        axes.axhline(1, color="#777777", linewidth=0.8, linestyle="--")
+        axes.set(title=dial, xlabel="signal to noise of 1,024 responses")
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("cosine with the on-policy gradient")
+    save(figure, folder / "mechanism.svg")
+    return None
+
+
+MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
+             "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
+             "R3, clip": "R3"}  # whose look it has
+PICTURES = (summary, curves, ends)
