@@ -143,6 +143,10 @@ BLOCKS = [  # in the order in which they are run
 ]
 
 
+# Seeds that a claim about a cell waits for: those of the first block that has it.
+PLANNED = {cell.key: len(block.seeds) for block in reversed(BLOCKS) for cell in block.cells}
+
+
 def minutes(cell: Cell) -> float:
     """Of a core, as measured on a shared EPYC: an update of 128 responses takes .17 s, one of 64 .1 s."""
     c = cell.config(0)
