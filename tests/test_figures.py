@@ -55,13 +55,15 @@ def synthetic(end=0.7, reward=(0.3, 0.5, 0.6, 0.65, 0.7) * 4, **changes):
 
 
 def test_outcomes_of_a_run_by_hand():
-    reward = [0.2] * 4 + [0.8] * 8 + [0.4] * 8  # means of eight, 64 updates: .8 at the twelfth, then .75 < .95 * .8
+    # Means of eight values, 64 updates: .8 at the twelfth, then .75 < .95 * .8.
+    reward = [0.2] * 4 + [0.8] * 8 + [0.4] * 8
     run = synthetic(end=0.35, reward=reward, staleness_kl=[0.01] * 19 + [2.5])
     assert (outcomes.end(run), outcomes.best(run), outcomes.kept(run)) == pytest.approx((0.35, 0.8, 0.5))
     assert outcomes.area(run) == pytest.approx(sum(reward) / 20) and outcomes.staleness_tail(run) == 2.5
     assert outcomes.failed(run) and outcomes.updates_until_failure(run) == 104
     assert outcomes.updates_until_failure(synthetic(reward=[0.5] * 20)) is None
-    assert outcomes.kept(run | dict(stopped="loss nan")) == 0 and outcomes.failed(synthetic(reward=[], stopped="at once"))
+    assert outcomes.kept(run | dict(stopped="loss nan")) == 0
+    assert outcomes.failed(synthetic(reward=[], stopped="at once"))
 
 
 @pytest.mark.parametrize("ratio, failing", [(0.84, True), (0.91, True), (0.94999, True), (0.95, False), (0.97, False)])
@@ -86,7 +88,7 @@ def test_comparisons_are_paired_by_seed():
         runs.difference("a", "c")
 
 
-def all_runs(run_of, seeds=range(1000, 1008)):
+def all_runs(run_of, seeds=range(1000, 1016)):
     """Synthetic runs of the whole grid: run_of(cell, seed, noise) -> run."""
     noise = np.random.default_rng(0)
     return outcomes.Runs({(key, seed): run_of(cell, seed, noise.normal(0, 1e-3))
@@ -139,6 +141,14 @@ def test_what_was_not_run_is_said_and_not_guessed():
     assert "precondition not run yet" in claims.table(outcomes.Runs({}))
 
 
+def test_a_claim_waits_for_all_planned_seeds():
+    effect = {"R3": 0.2}
+    few, all_of_them = (all_runs(lambda cell, seed, noise: synthetic(0.5 + noise + effect.get(cell.method, 0)), seeds)
+                        for seeds in (range(1000, 1008), range(1000, 1016)))
+    assert decisions(few)[4 - 1] == NOT_RUN and "so far (planned: 16)" in claims.verdicts(few)[4 - 1].measured
+    assert decisions(all_of_them)[4 - 1] == CONTRADICTED
+
+
 def test_replay_is_not_compared_where_it_cannot_matter():
     runs = all_runs(lambda cell, seed, noise: synthetic(0.7 + noise, routing_share=[[160, 0.3]]))
     for compares_replay in (1, 4, 5, 9, 10, 17):
@@ -149,7 +159,7 @@ def test_nothing_is_compared_when_the_base_recipe_fails_by_itself():
     def run(cell, seed, noise):
         return synthetic(reward=[0.7] * 10 + [0.3 if (cell.regime, seed) == ("fp32", 1003) else 0.7] * 10)
 
-    with pytest.raises(ValueError, match="1 of 8 seeds fail"):
+    with pytest.raises(ValueError, match="1 of 16 seeds fail"):
         claims.verdicts(all_runs(run))
 
 

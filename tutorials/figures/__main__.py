@@ -26,7 +26,9 @@ def plan(results: Path) -> str:
 
 def report(results: Path):
     runs = outcomes.Runs(runner.load(results / "core.jsonl"))
-    text = f"# Verdicts\n\n{claims.table(runs)}\n# Outcomes of every cell\n\n{outcomes.table(runs)}"
+    revisions = sorted({row["revision"] for of in runs.cells.values() for row in of.values()})
+    made = f"{sum(map(len, runs.cells.values()))} runs, made with nano_moe_rl.py as of git blob {', '.join(revisions)}"
+    text = f"# Verdicts\n\n{made}. {claims.table(runs)}\n# Outcomes of every cell\n\n{outcomes.table(runs)}"
     (results / "verdicts.md").write_text(text)
     print(text)
     gradients = read(results / "mechanism.json")

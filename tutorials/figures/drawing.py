@@ -1,4 +1,5 @@
 """Pictures of the runs. A method has one colour and marker everywhere; colours differ in lightness too."""
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -123,11 +124,63 @@ def ends(runs: Runs, folder: Path) -> str | None:
             points(axes, x, [*runs.per_seed(f"{regime} | {N} | {method}", end).values()], method)
         axes.set(title=f"{regime}, {N.replace('=', ' = ')}", xticks=range(len(methods)), ylim=(0, 1),
                  xlim=(-0.5, len(methods) - 0.3))
-        axes.set_xticklabels([m.replace(", ", ",\n") for m in methods], fontsize=8)
+        axes.set_xticklabels([textwrap.fill(m, 10) for m in methods], fontsize=8)
         axes.grid(alpha=0.25, axis="y")
     for axes in places:
         axes.remove()
     save(figure, folder / "ends.svg")
+    return None
+
+
+NUMERICS = ("long fp32", "long fp8", "long int6", "long int5", "long int4")
+NOISES = {"mild": 0.0, "noise .3": 0.3, "noise .5": 0.5, "router": 0.8, "noise 1": 1.0}
+NS = (1, 2, 4, 8, 16, 32)
+
+
+def dials(runs: Runs, folder: Path) -> str | None:
+    """The end along each dial, the other two at rest."""
+    panels = {"numerics, N = 1": (["none"], {name.removeprefix("long "): (name, 1) for name in NUMERICS}),
+              "router noise, N = 1": (["none", "R3"], {f"{noise:g}": (name, 1) for name, noise in NOISES.items()}),
+              "N, updates a rollout batch": (["none", "none, no clip"], {str(N): ("mild", N) for N in NS})}
+    drawn = {}
+    for title, (methods, places) in panels.items():
+        for method in methods:  # on-policy no gate closes
+            of = {x: runs.mean(key, end) for x, (regime, N) in places.items()
+                  if (key := Cell(regime, N, "none" if N == 1 and "clip" in method else method).key) in runs.cells}
+            if len(of) > 1:
+                drawn.setdefault(title, {})[method] = of
+    if not drawn:
+        return None
+    figure = Figure(figsize=(3.6 * len(drawn), 3), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(drawn), sharey=True, squeeze=False).flat, drawn.items()):
+        for method, of in lines.items():
+            mean, low, high = (np.array([getattr(x, name) for x in of.values()]) for name in ("mean", "low", "high"))
+            axes.errorbar([*of], mean, np.nan_to_num([mean - low, high - mean], posinf=0), capsize=3, label=method,
+                          linestyle="--" if "clip" in method else "-", **style(method))
+        axes.set(title=title, ylim=(0, 1))
+        axes.grid(alpha=0.25, axis="y")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("score of the deployed policy")
+    save(figure, folder / "dials.svg")
+    return None
+
+
+def maps(runs: Runs, folder: Path) -> str | None:
+    """Mean end by the engines' gap and N, a map for each replay mode; dark is low."""
+    regimes, Ns = ("fp32", "mild", "noise .5", "router"), (1, 2, LITTLE, MUCH)
+    names = {mode: [[Cell(regime, N, "none" if (N, mode) == (1, "R2") else mode).key for N in Ns] for regime in regimes]
+             for mode in ("none", "R2", "R3")}
+    if not all(name in runs.cells for rows in names.values() for row in rows for name in row):
+        return None
+    figure = Figure(figsize=(9.5, 3), layout="constrained")
+    for axes, (mode, rows) in zip(figure.subplots(1, 3), names.items()):
+        ends = np.array([[runs.mean(name, end).mean for name in row] for row in rows])
+        axes.imshow(ends, cmap="gray", vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(ends):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.5 else "black")
+        axes.set(title=LABELS.get(mode, mode), xticks=range(len(Ns)), xticklabels=[f"N={N}" for N in Ns],
+                 yticks=range(len(regimes)), yticklabels=regimes)
+    save(figure, folder / "maps.svg")
     return None
 
 
@@ -158,4 +211,4 @@ def mechanism(rows: dict, folder: Path) -> str | None:
 MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
              "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
              "R3, clip": "R3"}  # whose look it has
-PICTURES = (summary, curves, ends)
+PICTURES = (summary, curves, ends, dials, maps)

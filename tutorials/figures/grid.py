@@ -31,7 +31,7 @@ REGIMES |= {f"long {name}": dict(rollout_precision=name) | LONG | dict(updates=3
             for name in ("fp32", "fp8", "int6", "int5", "int4")}
 REGIMES["long router"] = REGIMES["router"] | LONG | dict(updates=320)
 REGIMES |= {f"{name}, 1,024 updates": REGIMES[name] | dict(updates=1024, eval_every=128)
-            for name in ("long fp8", "long int4", "long router")}
+            for name in ("long fp32", "long fp8", "long int4", "long router")}
 TEACHER_OPTIONS = {"brief": dict(), "equation": dict(max_response=22), "restating": dict(max_response=22)}
 REGIMES |= {f"teacher {name}": dict(rollout_precision="fp8", teacher=name) | options
             for name, options in TEACHER_OPTIONS.items()}
@@ -117,18 +117,21 @@ BLOCKS = [  # in the order in which they are run
     Block("off-policy without clipping", cells(["router"], [LITTLE], ["none, no clip"])
           + cells(["router"], [MUCH], ["R2, no clip", "DPPO"]), EIGHT, "what is left of the published figures 2 to 4"),
     Block("control: clipping",
-          cells(["mild"], [MUCH], ["none", "none, no clip", "no clip, half the lr", "random drop"]), EIGHT, "does clipping only make steps smaller, or noisier?"),
+          cells(["mild"], [MUCH], ["none", "none, no clip", "no clip, half the lr", "random drop"]), EIGHT,
+          "does clipping only make steps smaller, or noisier?"),
     Block("cold starts", [Cell(f"teacher {name}", LITTLE, "R2") for name in TEACHER_OPTIONS], EIGHT,
           "do runs from three teachers converge?"),
     Block("control: routing", cells(["router"], [LITTLE], ["frozen router", "R3 on the response"]), EIGHT,
           "is it the router that learns, or the prompt's experts?"),
     Block("dial: numerics",
-          cells(["long fp32", "long fp8", "long int6", "long int5", "long int4"], [1], ["none"]), EIGHT, "at which rounding does the recipe fall, all else equal?"),
+          cells(["long fp32", "long fp8", "long int6", "long int5", "long int4"], [1], ["none"]), EIGHT,
+          "at which rounding does the recipe fall, all else equal?"),
     Block("dial: routing", cells(["noise .3", "noise .5", "noise 1"], [1], ["none", "R3"]), EIGHT,
           "from which noise on does replay pay?"),
     Block("dial: staleness", cells(["mild"], [1, 2, 4, 8, 16, MUCH], ["none", "none, no clip"]), EIGHT,
           "from which N on does clipping pay, at one learning rate?"),
-    Block("long arms", cells(["long router, 1,024 updates"], [1], ["none", "R3"])
+    Block("long arms", cells(["long fp32, 1,024 updates"], [1], ["none"])
+          + cells(["long router, 1,024 updates"], [1], ["none", "R3"])
           + cells(["long int4, 1,024 updates"], [1], ["none", "no IS"])
           + cells(["long fp8, 1,024 updates"], [MUCH], ["none", "none, no clip"]), FOUR,
           "one of each kind over 1,024 updates of prompts that do not saturate"),
@@ -138,6 +141,10 @@ BLOCKS = [  # in the order in which they are run
           + cells(["long int4"], [16], ["none", "R2", "R3", "none, no clip"]), FOUR,
           "numerics or routing against staleness, as maps"),
 ]
+
+
+# Seeds that a claim about a cell waits for: those of the first block that has it.
+PLANNED = {cell.key: len(block.seeds) for block in reversed(BLOCKS) for cell in block.cells}
 
 
 def minutes(cell: Cell) -> float:

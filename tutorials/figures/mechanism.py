@@ -41,7 +41,7 @@ def trained(quick: bool) -> tuple[nano.Model, nano.Model]:
     c = nano.Config(seed=SEED, name="figures", **options)
     if quick:
         c = replace(c, **QUICK | dict(updates=2))
-    state, _ = torch.load(cold_start(start_config(c), quick))
+    state, *_ = torch.load(cold_start(start_config(c), quick))
     old = nano.Model(c)
     old.load_state_dict(state)
     optimizer = nano.adamw(old, c.lr)

@@ -100,13 +100,14 @@ def kl_spikes(run: dict) -> bool:
 class Runs:
     """Runs by cell and seed; comparisons over the seeds that both cells have."""
     def __init__(self, rows: dict[tuple[str, int], dict]):
-        self.cells = {}
+        self.cells, self.asked = {}, set()  # asked: cells that were looked at, for a verdict to see
         for (cell, seed), row in sorted(rows.items()):
             self.cells.setdefault(cell, {})[seed] = row
 
     def per_seed(self, cell: str, outcome) -> dict[int, float]:
         if cell not in self.cells:
             raise NotRun(cell)
+        self.asked.add(cell)
         return {seed: outcome(row) for seed, row in self.cells[cell].items()}
 
     def mean(self, cell: str, outcome) -> Interval:

@@ -34,7 +34,7 @@ def start_config(c: nano.Config) -> nano.Config:
 
 
 def cold_start(start: nano.Config, quick: bool = False) -> Path:
-    """A file with a model whose score lies in START_RANGE, and its score: the single file's cold start,
+    """A file: weights whose score lies in START_RANGE, the score, the updates. It is the single file's cold start,
     with half as many updates more while it has not learned, a fifth fewer while it has learned too much."""
     path = STARTS / f"{hashlib.sha1(f'{start} {REVISION}'.encode()).hexdigest()[:16]}.pt"
     steps, scores, (low, high) = start.cold_start_steps, [], START_RANGE
@@ -43,7 +43,7 @@ def cold_start(start: nano.Config, quick: bool = False) -> Path:
         scores.append(nano.sample(nano.InferenceEngine(model, "fp32"), 1024, 1, 2**61).rewards.mean().item())
         if quick or low <= scores[-1] <= high:
             buffer = io.BytesIO()
-            torch.save((model.state_dict(), scores[-1]), buffer)
+            torch.save((model.state_dict(), scores[-1], steps), buffer)
             STARTS.mkdir(parents=True, exist_ok=True)
             nano.save(path, buffer.getvalue())
         elif len(scores) == 5:
@@ -69,7 +69,7 @@ def replay_the_response(model, batch, prepare_batch=nano.prepare_batch):
 def run(cell: Cell, seed: int, quick: bool = False) -> dict:
     """RL of one cell and seed, from its cold start -> what the results keep of it."""
     began, c = time.perf_counter(), cell.config(seed, quick)
-    state, start = torch.load(cold_start(start_config(c), quick))
+    state, start, steps = torch.load(cold_start(start_config(c), quick))
     model = nano.Model(c)
     model.load_state_dict(state)
     torch.manual_seed(seed)  # of `random drop`; all else has generators of its own
@@ -84,7 +84,8 @@ def run(cell: Cell, seed: int, quick: bool = False) -> dict:
     except FloatingPointError as error:  # a collapse, not a run to drop: its last score is 0
         stopped = f"{error}, after update {rows[-1]['update']}"
         rows.append({"update": rows[-1]["update"] + 1, "score": 0.0, "engine_score": 0.0, "routing_share": None})
-    kept = {"cell": cell.key, "seed": seed, "revision": REVISION, "start": round(start, 4), "stopped": stopped}
+    kept = {"cell": cell.key, "seed": seed, "revision": REVISION, "start": round(start, 4), "start_steps": steps,
+            "stopped": stopped}
     for name in ("score", "engine_score", "routing_share"):
         kept[name] = [[row["update"], row[name] and round(row[name], 4)] for row in rows if name in row]
     updates = [row for row in rows if "reward" in row]
