@@ -12,7 +12,7 @@ import objectives
 
 # The base recipe. Rollouts, rewards and all numbers of every update come from the default model; a
 # correct response to six digits has 15 tokens, so 16 are enough, and are faster than the default.
-BASE = dict(mini_batch=128, updates=160, lr=5e-4, max_response=16, eval_every=80, eval_prompts=1024)
+BASE = dict(mini_batch=128, updates=160, lr=5e-4, max_digits=6, max_response=16, eval_every=80, eval_prompts=1024)
 QUICK = dict(width=32, heads=1, layers=2, expert_width=16, cold_start_steps=30, max_response=9, mini_batch=8,
              eval_every=16, eval_prompts=32)
 
