@@ -50,12 +50,19 @@ def summary(runs: Runs, folder: Path) -> str | None:
     caption = []
     for axes, (title, N, methods) in zip(figure.subplots(1, 2, sharey=True, width_ratios=[2, 3]), groups):
         shown = [method for method in methods if Cell("router", N, method).key in runs.cells]
-        for x, method in enumerate(shown):
-            points(axes, x, [*runs.per_seed(Cell("router", N, method).key, end).values()], method)
+        by_method = [runs.per_seed(Cell("router", N, method).key, end) for method in shown]
+        for seed in by_method[0]:  # a line a seed: the comparison is paired
+            axes.plot([x for x, of in enumerate(by_method) if seed in of], [of[seed] for of in by_method if seed in of],
+                      color="#999999", linewidth=0.8, marker=".", markersize=4)
+        for x, (method, of) in enumerate(zip(shown, by_method)):
+            mean = np.mean([*of.values()])
+            axes.plot(x, mean, markersize=10, linestyle="", zorder=3, **style(method))
+            axes.annotate(f"{mean:.2f}", (x, mean), xytext=(10, -3), textcoords="offset points", fontweight="bold")
         difference = runs.difference(Cell("router", N, "R3").key, Cell("router", N, "none").key)
         caption.append(f"N = {N}: R3 minus none {difference}")
-        axes.set(title=title, xticks=range(len(shown)), xticklabels=[LABELS.get(m, m) for m in shown],
-                 xlim=(-0.5, len(shown) - 0.3), ylim=(0, 1))
+        axes.set(title=f"{title}\nR3 gains {difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]",
+                 xticks=range(len(shown)), xticklabels=[LABELS.get(m, m) for m in shown],
+                 xlim=(-0.5, len(shown) - 0.4), ylim=(0, 1))
         axes.grid(alpha=0.25, axis="y")
     if "fp32 | N=1 | none" in runs.cells:
         ideal = runs.mean("fp32 | N=1 | none", end)
@@ -78,8 +85,10 @@ def curves(runs: Runs, folder: Path) -> str | None:
         figure = Figure(figsize=(10, 2.8), layout="constrained")
         names = {"reward": "reward, inference engine", "mismatch_kl": "KL(μ‖π) of the engines",
                  "staleness_kl": "KL(π_old‖π_θ), staleness", "entropy": "entropy of π, nats"}
-        for axes, (name, title) in zip(figure.subplots(1, 4), names.items()):
-            for method in shown if N > 1 or name != "staleness_kl" else []:
+        if N == 1:  # nothing is stale
+            del names["staleness_kl"]
+        for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items()):
+            for method in shown:
                 rows = [row[name] for row in runs.cells[Cell("router", N, method).key].values()]
                 band(axes, rows, method, log="kl" in name)
             axes.set(title=title, xlabel="update")
