@@ -131,7 +131,7 @@ DAMAGES = [
 
 def options(folder):
     return Config(name="x", checkpoint=str(folder / "hf"), train_data=str(folder / "train.jsonl"), chat=False,
-                  reward="running_sum", max_prompt=7, max_response=22, prompts=2, group_size=2)
+                  reward="running_sum", max_prompt=6, max_response=22, prompts=2, group_size=2)
 
 
 @pytest.mark.parametrize("damage, reason", [row[1:] for row in DAMAGES], ids=[row[0] for row in DAMAGES])

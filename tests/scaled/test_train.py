@@ -160,7 +160,7 @@ OPTIONS = [  # refused before the ranks meet
     ("--relay R3", "--relay"),
     ("--updates 6", "--updates 6: give a multiple of 4"),
     ("--group-size 1", "--group-size 1: give 2 to 1000000000"),
-    ("--token-budget 20", "--token-budget 20: give 29 or more"),
+    ("--token-budget 20", "--token-budget 20: give 28 or more"),
     ("--tensor-parallel 2", "--tensor-parallel 2: give a divisor of the 1 processes"),
     ("--gpu-memory 1.5", "--gpu-memory 1.5: give 0.01 to 0.99"),
     ("--eval-top-p 1.5", "--eval-top-p 1.5: give 0.01 to 1"),
@@ -294,7 +294,7 @@ REFUSED = [  # refused when checkpoint and data are read
     (dict(train_data="column.jsonl"), "no column 'prompt', only question"),
     (dict(train_data="long.jsonl"), "long.jsonl:0 has 8 tokens"),
     (dict(chat=True), "no chat template"),
-    (dict(max_response=23), "exceeds the checkpoint's context of 29 tokens"),
+    (dict(max_response=23), "exceeds the checkpoint's context of 28 tokens"),
     (dict(nano_cold_start=True), "is not the cold start of --seed 0"),
     (dict(reward="os:nothing"), "os has no function nothing"),
     (dict(rollout_precision="fp8"), "rollout precision fp8"),  # no AMX, or 64 is no multiple of 128
@@ -305,7 +305,7 @@ REFUSED = [  # refused when checkpoint and data are read
 def test_checkpoints_and_data_are_refused(group, material, monkeypatch, changes, line):
     monkeypatch.chdir(material)
     options = dict(checkpoint="good", train_data="good.jsonl", chat=False, reward="running_sum",
-                   max_prompt=7, max_response=22, prompts=2, group_size=2)
+                   max_prompt=6, max_response=22, prompts=2, group_size=2)
     with pytest.raises(ValueError, match=line.replace("(", r"\(")):
         Run(Config(**options | changes), False)
     assert not (material / "runs").exists()
