@@ -36,7 +36,9 @@ def test_a_run_leaves_four_files_and_narrow_output(folder):
         agreement = row["routing_agreement"]
         assert len(agreement) == 2 and all(0 <= share <= 1 for share in agreement)
         assert row["seconds"] > 0
-    assert f"after 4 updates: score {rows[-1]['score']:.3f} in the training engine" in run.stdout
+    for when, row in ("before", first), ("after", rows[-1]):
+        assert f"{when} RL: score {row['score']:.3f} in training precision, " \
+               f"{row['engine_score']:.3f} of the inference engine\n" in run.stdout
     picture = Path("runs/run-1/curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")
 
