@@ -131,7 +131,7 @@ def test_the_recipe_of_a_node_runs_on_a_small_checkpoint(folder):
     code, _, err = finish(start(
         folder, "scaled.train", "--config", recipe, "--checkpoint", start_from, "--train-data",
         f"{start_from}/train.jsonl", "--eval-data", f"{start_from}/eval.jsonl", "--no-chat", "--reward", "running_sum",
-        "--max-prompt", 7, "--max-response", 22, "--prompts", 8, "--group-size", 8, "--updates", 4, "--lr", 3e-4,
+        "--max-prompt", 6, "--max-response", 22, "--prompts", 8, "--group-size", 8, "--updates", 4, "--lr", 3e-4,
         "--rollout-precision", "bf16", "--token-budget", 2000, ranks=4))
     assert code == 0, err
     rows = metrics(folder, "qwen3_30b_a3b")
