@@ -561,7 +561,7 @@ def train(c: Config, state: dict | None = None, **functions):
         save(folder / "checkpoint.pt", buffer.getvalue())
         save(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         bar.update(rows[-1]["update"] - bar.n)
-        bar.set_postfix({name: rows[-1].get(name) for name in ("reward", "mismatch_kl")})
+        bar.set_postfix({k: rows[-1][k] for k in ("reward", "mismatch_kl") if k in rows[-1]})
     folder.mkdir(parents=True, exist_ok=True)
     save(folder / "config.json", json.dumps(asdict(c), indent=2).encode())
     try:
