@@ -644,7 +644,8 @@ def main(argv: list[str] | None = None) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             train(c, state)
     except BlockingIOError:
-        parser.error(f"--name {c.name}: another process is at it; wait, or give another name")
+        flag = "--resume" if state else "--name"
+        parser.error(f"{flag} {c.name}: another process is at it; wait until it ends")
     except (FloatingPointError, OSError, KeyboardInterrupt) as error:
         saved = (folder / "checkpoint.pt").exists()
         print(f"stopped by {str(error) or 'Ctrl-C'}; " + (f"--resume {c.name} goes on from {folder}"

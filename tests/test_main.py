@@ -154,7 +154,7 @@ def test_two_processes_cannot_write_one_run(finished, tmp_path, monkeypatch, cap
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SystemExit) as end:
             nano.main(["--resume", "done", "--updates", "6"])
-    assert end.value.code == 2 and "another process" in capsys.readouterr().err
+    assert end.value.code == 2 and "--resume done: another process" in capsys.readouterr().err
     assert files(tmp_path) == before
     assert nano.main(["--resume", "done", "--updates", "6"]) == 0
 
