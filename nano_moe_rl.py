@@ -506,8 +506,8 @@ def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_a
 
 # ------------------ 7 Bookkeeping, to skip on first reading: files, checks, the command line
 def save(path: Path, data: bytes):
-    """The file appears whole or not at all, whatever cuts this short."""
-    aside = path.with_name(f".{path.name}.part")
+    """The file appears whole or not at all, whatever cuts this short or writes it beside us."""
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         aside.write_bytes(data)
         aside.replace(path)

@@ -1,6 +1,7 @@
 """Whole runs: files, resume, seeds, failure, the cold start they share, and a reward that rises."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -183,3 +184,21 @@ def test_a_renamed_run_resumes_in_its_new_folder(folder):
     Path("runs/a").rename("runs/b")
     assert nano.main(["--resume", "b", "--updates", "6"]) == 0
     assert not Path("runs/a").exists() and len(metrics("b")) == 7
+
+
+def test_two_processes_may_save_one_file(tmp_path):
+    """As runs side by side do with a cold start that both need."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=save_often, args=(tmp_path / "x", letter)) for letter in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert (tmp_path / "x").read_bytes() in (b"a" * 10**5, b"b" * 10**5)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def save_often(path, letter):
+    for _ in range(300):
+        nano.save(path, letter * 10**5)
