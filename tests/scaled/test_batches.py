@@ -5,9 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import nano_moe_rl as nano
+from processes import join_group, run_ranks
 from scaled.batches import (AXES, equal_passes, micro_batches, prompts_of_engine, rows_of_rank,
                             take)
 
@@ -41,8 +41,8 @@ def test_impossible_packing_is_refused(arguments, message):
         micro_batches(*arguments)
 
 
-def passes_of_a_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+def passes_of_a_rank(rank, world, folder):
+    join_group(rank, world, folder)
     lengths = [[50, 49, 48, 47], [3, 2], []][rank]
     torch.save(equal_passes(lengths, 50, "cpu"), f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -50,12 +50,7 @@ def passes_of_a_rank(rank, folder):
 
 def test_every_rank_gets_as_many_passes(tmp_path):
     assert equal_passes([50, 49], 50, "cpu") == [[0], [1]]  # without a process group
-    ranks = mp.spawn(passes_of_a_rank, (str(tmp_path),), 3, join=False)
-    try:
-        assert any(ranks.join(60) for _ in range(3)), "deadlock"  # a join ends with one of them
-    finally:
-        for process in ranks.processes:
-            process.kill()
+    run_ranks(passes_of_a_rank, 3, tmp_path, seconds=60)
     got = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     assert got == [[[0], [1], [2], [3]], [[0, 1], [], [], []], [[]] * 4]
 
