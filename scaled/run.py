@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -19,11 +20,10 @@ from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
 from scaled.policy import Policy, load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
-from scaled.replay import routed
 from scaled.rewards import grade, take_counts
 from scaled.rollout import Engine
 from scaled.sync import SyncCheck
-from scaled.trainer import move
+from scaled.trainer import logprobs_of, move
 
 
 def make_engine(c: Config) -> Engine:
@@ -34,13 +34,12 @@ def make_engine(c: Config) -> Engine:
         gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code)
 
 
-def make_trainer(c: Config) -> tuple[Policy, torch.optim.Optimizer]:
+def make_policy(c: Config) -> Policy:
     """Needs a process group, and on a GPU an engine that sleeps."""
-    policy = load_policy(
+    return load_policy(
         c.checkpoint, precision=c.train_precision, logits_bytes=c.logits_mib * 2**20,
         gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload, device=DEVICE,
         trust_remote_code=c.trust_remote_code)
-    return policy, adamw(policy, c.lr, c.weight_decay)
 
 
 class Run:
@@ -79,7 +78,9 @@ class Run:
         self.engine.sleep()
         self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
 
-        self.policy, self.optimizer = make_trainer(c)
+        self.policy = make_policy(c)
+        self.optimizer = adamw(self.policy, c.lr, c.weight_decay)
+        self.logprobs_of = partial(logprobs_of, self.policy)
         self.check = SyncCheck(c.check_sync, c.check_sync_every)
         if scored:
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
@@ -109,14 +110,6 @@ class Run:
         if due:
             self.check(self.engine, self.logprobs_of, self.fixed)
             self.move_trainer("cpu")
-
-    @torch.no_grad()
-    def logprobs_of(self, tokens, lengths, routing):
-        """log π (B, T) of given tokens at temperature 1, by the engine's experts."""
-        replay = None if routing is None else routing.to(DEVICE)
-        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
-        with routed(self.policy.model, fixed.replay, fixed.fed):
-            return self.policy(fixed.tokens, fixed.fed, 1.0)[0]
 
     def rollout(self) -> Rollout:
         """Graded responses of this rank's engine to its share of the next N mini-batches' prompts.

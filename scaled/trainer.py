@@ -36,6 +36,17 @@ def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
     torch.cuda.empty_cache()  # without a GPU: nothing
 
 
+@torch.no_grad()
+def logprobs_of(policy: Policy, tokens: Tensor, lengths: Tensor, routing: Tensor | None,
+                head: Tensor | None = None) -> Tensor:
+    """log π (B, T) of given tokens (B, T + 1) at temperature 1, by the engine's experts, if it has
+    any. lengths (B,). head: as in Policy.forward."""
+    replay = None if routing is None else routing.to(DEVICE)
+    fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+    with routed(policy.model, fixed.replay, fixed.fed):
+        return policy(fixed.tokens, fixed.fed, 1.0, head)[0]
+
+
 def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
     """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards
     and advantages are there already. ValueError if a real token has no route to replay."""
