@@ -13,6 +13,7 @@ from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
 from scaled.families import route_shape
 from scaled.huggingface import check_weights
+from scaled.objectives import Objective, load_objective
 from scaled.rewards import Score, check_reward, load_reward
 from scaled.vllm_internals import check_served, check_vllm
 
@@ -24,6 +25,7 @@ class Material:
     prompts: list[Prompt]
     held_out: list[Prompt]
     reward: Score
+    objective: Objective
 
 
 def read_material(c: Config) -> Material:
@@ -33,6 +35,8 @@ def read_material(c: Config) -> Material:
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
     config, tokenizer = read_checkpoint(c)
+    objective = load_objective(c.objective)
+    objective.options(c)
     reward = load_reward(c.reward, c.reward_seconds)
     columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
                    max_prompt=c.max_prompt, system=c.system,
@@ -41,7 +45,7 @@ def read_material(c: Config) -> Material:
     held_out = load_prompts(
         c.eval_data, tokenizer, split=c.eval_split, **columns) if c.eval_data else []
     check_reward(reward, prompts + held_out)
-    return Material(tokenizer, prompts, held_out, reward)
+    return Material(tokenizer, prompts, held_out, reward, objective)
 
 
 def check_fit(c: Config, config: PreTrainedConfig):

@@ -48,6 +48,7 @@ class Config:
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
     clip_low: float = option(0.2, "how far π_θ/π_old may fall below 1", low=0, high=0.99)
     clip_high: float = option(0.27, "how far it may rise above 1", low=0)
+    objective: str = option("MiniRL", "GRPO, MIS, … (objectives.py), or module:function")
     importance_sampling: str = option("token", "in the loss", "token", "sequence", "staleness")
     length_norm: bool = option(False, "divide a response's loss by its length")
     # vLLM samples at .01 whatever is below, and refuses what is above 2

@@ -42,6 +42,7 @@ class Sums:
         self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
         self.add("extreme_token_fraction", extreme_token_fraction(old_logprobs, mu, mask), tokens)
         self.add("clip_fraction", 1 - gate[mask].double().mean(), tokens)
+        self.add("dropped_responses", 1 - (gate & mask).any(1).double().mean(), rows)
         if routing is not None:
             self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
         self.add("weight", weights.mean(), tokens)  # these two make the effective sample size

@@ -70,6 +70,8 @@ class Run:
         material = read_material(c)
         self.tokenizer, self.reward = material.tokenizer, material.reward
         self.prompts, self.held_out = material.prompts, material.held_out
+        self.advantages = material.objective.advantages
+        self.loss_fn = partial(material.objective.loss, **material.objective.options(c))
         self.order = PromptOrder(len(self.prompts), c.seed)
 
         self.engine = make_engine(c)

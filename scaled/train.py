@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nano_moe_rl import Rollout, command_line, group_advantages
+from nano_moe_rl import Rollout, command_line
 from scaled import checkpoint
 from scaled.batches import rows_of_rank, take
 from scaled.config import Config, read_config
@@ -31,7 +31,7 @@ def train_batch(run: Run) -> list[dict]:
     advantage → routing → log-probabilities → loss → step; the caller syncs the weights."""
     c = run.c
     batch = run.rollout()
-    batch = replace(batch, advantages=group_advantages(batch.rewards, c.group_size))
+    batch = replace(batch, advantages=run.advantages(batch.rewards, c.group_size))
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))
     shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward))
@@ -46,7 +46,7 @@ def update(run: Run, part: Rollout) -> dict:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     with run.phases("train"):
-        metrics = train_step(run.policy, run.optimizer, part, c)
+        metrics = train_step(run.policy, run.optimizer, part, c, run.loss_fn)
     run.version += 1
     run.phases.bar.update()
     return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
