@@ -164,24 +164,24 @@ def newest_whole(paths: list[Path]) -> tuple[Path, str]:
     raise ValueError("; ".join(damaged))
 
 
-def set_aside(folder: Path, version: int):
-    """Gives checkpoints of later updates, damaged ones, another name: they are not to be counted
-    among the newest, nor to be written over."""
+def set_aside(folder: Path, version: int, why: str = "damaged"):
+    """Gives checkpoints of later updates, such as damaged ones, another name: they are not to be
+    counted among the newest, nor to be written over."""
     for path in checkpoints(folder):
         if version_of(path) > version:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{why}-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
 
 
-def options(folder: Path) -> dict:
-    """The options of a run, from the newest checkpoint whose config.json is as it was written.
-    ValueError if there is none."""
+def options(folder: Path) -> tuple[dict, int]:
+    """The options of a run, from the newest checkpoint whose config.json is as it was written, and
+    its version. ValueError if there is none."""
     reasons = []
     for path in reversed(checkpoints(folder)):
         try:
             if digest(path / OPTIONS) == read_digests(path)[OPTIONS]:
-                return json.loads((path / OPTIONS).read_text())
+                return json.loads((path / OPTIONS).read_text()), version_of(path)
             reasons.append(f"{path.name}/{OPTIONS} is not as it was written")
         except (OSError, ValueError) as error:
             reasons.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
