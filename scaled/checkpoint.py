@@ -85,7 +85,10 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version
     is all the state there is beside weights and optimiser: prompts, samples and the learning rate
     follow from it and the seed. OSError if it cannot be written: what was there before is still
     there, the attempt is not."""
+    fresh = not optimizer.state
     model, optim = get_state_dict(policy, optimizer)
+    if fresh:  # torch has made a step of length 0, which Adam would count as its first
+        optimizer.state.clear()
     target, rank = folder / f"update-{version:06}", dist.get_rank()
     aside = folder / f".{target.name}"
     if rank == 0:  # of an attempt that was cut short, perhaps with other ranks
@@ -200,4 +203,6 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) ->
         raise ValueError(f"{path} cannot be loaded: {cause(error)}") from error
     set_state_dict(policy, optimizer or [], model_state_dict=state["model"],
                    optim_state_dict=state.get("optimizer", {}))
+    if optimizer and not state["version"]:  # as above
+        optimizer.state.clear()
     return state["version"]

@@ -102,12 +102,14 @@ def changes(folder: Path, version: int) -> dict:
     """Options that a run changed when it went back, and that its checkpoint of this version does
     not have yet. ValueError if events.jsonl cannot be read."""
     found, path = {}, folder / EVENTS
+    kinds = {f.name: f.type for f in fields(Config) if f.name in CHANGES}
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
             if row.get("act") == "back" and row["to"] >= version:
-                found |= {name: row["change"][name] for name in CHANGES if name in row["change"]}
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                found |= row["change"]
+            assert all(type(value) is kinds[name] for name, value in found.items())
+        except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError):
             raise ValueError(f"--resume {folder.name}: {path}: line {number} is no event; remove "
                              "that line") from None
     return found

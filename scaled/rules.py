@@ -112,7 +112,7 @@ RULES = (
          "tutorials/results: replayed runs stay below .06"),
     Rule("weights_truncated", "weight_truncated_fraction", "above", 0.01, fixed, "{}", "ours"),
     Rule("agreement_falls", "routing_agreement", "below", 0.1, under_first, "its first less {}",
-         f"ours, in the worst layer; {R3_PAPER}: .9 agree where nothing is wrong"),
+         f"ours, in the worst layer; {R3_PAPER}: two engines agree in .9"),
     Rule("truncation_rises", "truncation_rate", "above", 0.1, over_first, "its first plus {}", "ours"),
     Rule("gradient_grows", "grad_norm", "above", 5, of_median, "{} x its median of 4 windows",
          "Liu and Li 2025, When Speed Kills Stability: norms explode; the factor is ours"),
