@@ -8,7 +8,6 @@ again, after a resume or a way back, can have the same events again.
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist

@@ -100,9 +100,9 @@ def text(watched: dict) -> str:
 
 def rules_table() -> str:
     """Every rule, its default and where that is from, in Markdown."""
-    lines = ["| rule | metric | holds if it is | source |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| `{rule.name}` | `{rule.metric}` | {rule.default} | {rule.source} |"
-                              for rule in RULES])
+    rows = [f"| `{rule.name}` | `{rule.metric}` | {rule.default} | {rule.source} |"
+            for rule in RULES]
+    return "\n".join(["| rule | metric | holds if it is | source |", "|---|---|---|---|", *rows])
 
 
 def rules_json() -> str:
