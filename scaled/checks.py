@@ -50,7 +50,7 @@ def read_material(c: Config) -> Material:
 
 def check_fit(c: Config, config: PreTrainedConfig):
     """ValueError for a model that cannot do what the options ask."""
-    if c.replay != "none":
+    if c.replay != "none" or c.watch == "back" and c.watch_change == "R3":
         route_shape(config)  # refuses what cannot replay
     check_served(config, c.rollout_precision)
     context = config.get_text_config().max_position_embeddings

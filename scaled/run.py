@@ -89,29 +89,35 @@ class Run:
 
         self.version, self.lines = 0, ""  # of metrics.jsonl
         if resume:
-            self.version = checkpoint.load(newest, self.policy, self.optimizer)
-            self.lines = (newest / checkpoint.ROWS).read_text()
+            self.restore(newest)
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)
+
+    def restore(self, path: Path):
+        """Weights, optimiser state, version and rows are those of a checkpoint. A collective."""
+        self.version = checkpoint.load(path, self.policy, self.optimizer)
+        self.lines = (path / checkpoint.ROWS).read_text()
 
     def move_trainer(self, device: str):
         """From the engine's way, or back; with cpu_offload FSDP keeps it in host memory itself."""
         if not self.c.cpu_offload:
             move(self.policy, self.optimizer, device)
 
-    def sync(self):
+    def sync(self) -> float | None:
         """The trainer's weights into the engine, which is awake and at this version afterwards; the
-        trainer has left the GPU then."""
+        trainer has left the GPU then. How far the two differ, in nats, if that was due."""
         torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
         if not (due := self.check.due()):
             self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
-        if due:
-            self.check(self.engine, self.logprobs_of, self.fixed)
-            self.move_trainer("cpu")
+        if not due:
+            return None
+        difference = self.check(self.engine, self.logprobs_of, self.fixed)
+        self.move_trainer("cpu")
+        return difference
 
     def rollout(self) -> Rollout:
         """Graded responses of this rank's engine to its share of the next N mini-batches' prompts.

@@ -91,7 +91,8 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
             loss.backward()  # inside: a checkpointed layer is routed again here
         loss_sum += loss.detach()
         if rows:
-            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate)
+            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
+                          c.importance_sampling)
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)

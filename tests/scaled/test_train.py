@@ -24,7 +24,7 @@ ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
         "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
-        "old_seconds", "train_seconds", "sync_seconds"}
+        "old_seconds", "train_seconds", "sync_seconds", "weight_truncated_fraction", "equal_groups", "sync_difference"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
@@ -68,12 +68,15 @@ def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
         assert row["missing_routes"] == row["reward_errors"] == row["reward_timeouts"] == 0
         assert len(row["routing_agreement"]) == 3 and min(row["routing_agreement"]) > 0.9
         assert row["reward"] * 256 % 1 == 0
+        assert row["equal_groups"] * 128 % 1 == 0  # the groups of a rollout batch
+    # the first sync was before the first update; of N = 4 updates the last has the next
+    assert [row["update"] for row in rows if row["sync_difference"] is not None] == [4, 8]
     # N = 4: the first mini-batch of a rollout batch is on-policy, the others are not
     stale = [row["staleness_kl"] for row in rows]
     assert max(stale[0::4]) < 1e-9 < 1e-6 < min(stale[1::4])
     names = {path.name for path in (folder / "runs/whole").iterdir()}
     assert {"config.json", "metrics.jsonl", "update-000012", "update-000024"} < names
-    assert sum(name.startswith("events.") for name in names) == 1 and len(names) == 5
+    assert sum(name.startswith("events.out.") for name in names) == 1 and len(names) == 5
 
 
 def test_reward_rises(folder):

@@ -1,4 +1,5 @@
 """The scaled train step against that of the single file: same rollouts, same weights, same numbers."""
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -139,7 +140,7 @@ def test_sums_are_not_means_of_means():
     whole_batch = graded(model, precision="int4")
     generator = torch.Generator().manual_seed(0)
     shape = whole_batch.rollout_logprobs.shape
-    logprobs = whole_batch.rollout_logprobs + 0.3 * torch.randn(shape, generator=generator)
+    logprobs = whole_batch.rollout_logprobs + 0.9 * torch.randn(shape, generator=generator)
     old = whole_batch.rollout_logprobs + 0.2 * torch.randn(shape, generator=generator)
     entropies, gate = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator) < 0.7
     routing = whole_batch.routing.roll(1, 0)
@@ -150,6 +151,8 @@ def test_sums_are_not_means_of_means():
         sums.add_pass(part, *(x[rows][:, :T] for x in (logprobs, old, entropies, routing, gate)))
     got, mask, mu = sums.over_ranks(), whole_batch.mask, whole_batch.rollout_logprobs
     fed = whole_batch.fed
+    truncated = sum(math.exp(x - y) > 5 for x, y in zip(logprobs[mask].tolist(), mu[mask].tolist()))
+    assert truncated > 3
     expected = dict(
         reward=whole_batch.rewards.mean(), entropy=entropies[mask].mean(),
         mismatch_kl=nano.kl_k3(mu, old, mask), staleness_kl=nano.kl_k3(old, logprobs, mask),
@@ -158,6 +161,7 @@ def test_sums_are_not_means_of_means():
         routing_agreement=nano.routing_agreement(routing, whole_batch.routing, fed),
         clip_fraction=1 - gate[mask].double().mean(),
         dropped_responses=1 - torch.tensor([g[m].any() for g, m in zip(gate, mask)]).double().mean(),
+        weight_truncated_fraction=truncated / mask.sum(),
         response_length=(whole_batch.lengths - whole_batch.prompt_lengths).double().mean())
     assert got.keys() == expected.keys()
     for name, value in expected.items():
