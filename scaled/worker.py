@@ -55,7 +55,9 @@ class Worker:
                         f"its process ended with code {code}", late)
         answer = json.loads(answer)
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            error = RuntimeError(answer["error"])
+            error.add_note(answer["traceback"])  # printed with the error's own, where that is
+            raise error
         return answer["value"]
 
     def close(self) -> int:
@@ -65,6 +67,13 @@ class Worker:
         except BrokenPipeError:
             pass
         return self.process.returncode
+
+
+def place(error: Exception) -> str:
+    """Where an error came up, if that is not in this project."""
+    file, line = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1][:2]
+    ours = Path(file).parent == Path(__file__).parent or file.startswith("<")
+    return "" if ours else f" ({Path(file).name}, line {line})"
 
 
 def serve(function: str, seconds: str, *arguments: str):
@@ -81,8 +90,8 @@ def serve(function: str, seconds: str, *arguments: str):
         try:
             answer = {"value": call(*arguments, *json.loads(line))}
         except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}{place(error)}",
+                      "traceback": traceback.format_exc()}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -16,8 +16,9 @@ import torch
 from answer_pairs import PAIRS
 
 import nano_moe_rl as nano
+from scaled.checks import check_reward
 from scaled.data import Prompt
-from scaled.rewards import Math, check_reward, exact_match, grade, load_reward, running_sum, take_counts
+from scaled.rewards import Math, exact_match, grade, load_reward, running_sum, take_counts
 from scaled.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +213,21 @@ OWN = """if True:
         return [1 / len(t) for t in texts]
     def nan(prompts, texts, tokens):
         return [float("nan")] * len(prompts)
+    def number_of(prompts, texts, tokens):
+        return [float(p.answer) for p in prompts]
+    def hangs_at_x(prompts, texts, tokens):
+        time.sleep(600 if any(p.answer == "x" for p in prompts) else 0)
+        return [0.0] * len(prompts)
+    def ends_at_x(prompts, texts, tokens):
+        os._exit(3) if any(p.answer == "x" for p in prompts) else None
+        return [0.0] * len(prompts)
+    def not_alone(prompts, texts, tokens):
+        return [1 / (len(prompts) - 1)] * len(prompts)
+    def not_64(prompts, texts, tokens):
+        return [1 / (len(prompts) - 64)] * len(prompts)
+    def slow(prompts, texts, tokens):
+        time.sleep(0.3)
+        return [0.0] * len(prompts)
 """
 
 
@@ -257,6 +273,33 @@ def test_how_a_reward_of_ones_own_can_fail_is_said(own, monkeypatch, name, text,
         grade(reward, prompts, [text, "x"], [[1], [2]])
     assert "\n" not in str(failure.value)
     assert grade(reward, prompts, ["" if name != "raises" else "x"] * 2, [[1], [2]]) == [1, 1]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("number_of", r"ValueError: could not convert string to float: 'x' \(my_rewards.py, line 26\) "),
+    ("ends_at_x", "its process ended with code 3 "), ("hangs_at_x", "no answer in 2 seconds .* raise reward_seconds ")])
+def test_a_row_on_which_a_reward_of_ones_own_fails_is_found_wherever_it_is(own, capfd, name, message):
+    prompts = [Prompt(f"a:{i}", [1, 2], "x" if i in (150, 160) else "1") for i in range(170)]
+    with pytest.raises(ValueError, match=f"^reward my_rewards:{name}: {message}.*prompt a:150.*: correct the function, "
+                                         "or remove the row$") as refusal:
+        check_reward(load_reward(f"my_rewards:{name}", seconds=2), prompts)
+    assert "\n" not in str(refusal.value) and capfd.readouterr() == ("", "")
+    assert check_reward(load_reward(f"my_rewards:{name}"), prompts[:150]) == 150
+
+
+def test_a_reward_of_ones_own_may_need_several_responses_in_a_call(own):
+    prompts = [Prompt(f"a:{i}", [1, 2], "") for i in range(129)]
+    assert check_reward(load_reward("my_rewards:not_alone"), prompts) == 129
+    with pytest.raises(ValueError, match="division by zero .*to prompt a:0 to a:63, all in one call"):
+        check_reward(load_reward("my_rewards:not_64"), prompts)
+
+
+def test_trying_a_reward_of_ones_own_takes_no_longer_than_is_stated(own, monkeypatch):
+    """A call that has begun may take its time."""
+    monkeypatch.setattr("scaled.checks.TRY_SECONDS", 0.4)
+    reward, prompts = load_reward("my_rewards:slow"), [Prompt(f"a:{i}", [1], "") for i in range(1000)]
+    assert check_reward(reward, prompts[:65]) == 65
+    assert check_reward(reward, prompts) == 128
 
 
 @pytest.mark.parametrize("name, message", [
