@@ -180,8 +180,9 @@ def options(folder: Path) -> dict:
     reasons = []
     for path in reversed(checkpoints(folder)):
         try:
-            if digest(path / OPTIONS) == read_digests(path)[OPTIONS]:
-                return json.loads((path / OPTIONS).read_text())
+            found = json.loads((path / OPTIONS).read_text())
+            if digest(path / OPTIONS) == read_digests(path)[OPTIONS] and isinstance(found, dict):
+                return found
             reasons.append(f"{path.name}/{OPTIONS} is not as it was written")
         except (OSError, ValueError) as error:
             reasons.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")

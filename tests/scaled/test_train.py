@@ -183,6 +183,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--resume ../done", "--name ../done: give up to 60 letters"),
     ("--resume rotten", "runs/rotten has no checkpoint that is whole (update-000004: No such file or directory)"),
     ("--resume older", "--resume older: its options are not those of this version: colour"),
+    ("--resume texts", "--resume texts: its options are damaged: updates = '8' is no int"),
+    ("--resume nulls", "--resume nulls: its options are damaged: lr = None is no float"),
     ("--resume done --config done.toml", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--seed 1 --no-config", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
@@ -225,6 +227,8 @@ def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, li
     (tmp_path / "runs/file").touch()
     saved_run(tmp_path / "runs/done")
     saved_run(tmp_path / "runs/older", colour="red")
+    saved_run(tmp_path / "runs/texts", updates="8")
+    saved_run(tmp_path / "runs/nulls", lr=None)
     (tmp_path / "runs/rotten/update-000004").mkdir(parents=True)
     for name, text in FILES.items():
         (tmp_path / f"{name}.toml").write_text(text)
