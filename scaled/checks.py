@@ -96,10 +96,17 @@ def fault_of(reward: Score, prompts: list[Prompt]) -> str:
 
 def check_fit(c: Config, config: PreTrainedConfig):
     """ValueError for a model that cannot do what the options ask."""
+    text = config.get_text_config()
     if c.replay != "none":
-        route_shape(config)  # refuses what cannot replay
+        with refusing(f"--checkpoint {c.checkpoint}: its routes cannot be replayed"):
+            _, A, E = route_shape(config)
+            if not 1 <= A <= E:
+                raise ValueError(f"its config.json says {A} of {E} experts a token: copy it again")
+    if getattr(text, "quantization_config", None) or getattr(config, "quantization_config", None):
+        raise ValueError(f"--checkpoint {c.checkpoint}: its config.json says that it is quantised, "
+                         "and training needs bf16 or fp32: give the one it was made from")
     check_served(config, c.rollout_precision)
-    context = config.get_text_config().max_position_embeddings
+    context = text.max_position_embeddings
     if c.max_length > context:
         raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
                          f"exceeds the checkpoint's context of {context} tokens; give less")
@@ -123,7 +130,11 @@ def read_checkpoint(c: Config) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what a class has by default
             raise ValueError("it has no vocabulary: its files are missing")
     with refusing(f"--checkpoint {folder}: its end tokens cannot be read"):
-        end_tokens(c.checkpoint, c.trust_remote_code)
+        vocabulary = config.get_text_config().vocab_size
+        for token in end_tokens(c.checkpoint, c.trust_remote_code):
+            if not (type(token) is int and 0 <= token < vocabulary):
+                raise ValueError(f"{token} is not one of the model's {vocabulary} tokens; correct "
+                                 "eos_token_id in generation_config.json")
     return config, tokenizer
 
 

@@ -173,6 +173,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--name ..", "--name ..: give up to 60 letters"),
     ("--name " + "a" * 300, f"--name {'a' * 60}: give up to 60 letters"),
     ("--name two\nlines", "--name two lines: give up to 60 letters"),
+    ("--name \x1b[31m", r"--name \x1b[31m: give up to 60 letters"),
+    ("--config \udcff.toml", r"--config \udcff.toml: there is no such file"),
     ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
     ("--name done", "--name done: is taken; give another, or --resume done"),
     ("--name file", "--name file: is taken"),
