@@ -225,6 +225,14 @@ OWN = """if True:
         return [1 / (len(prompts) - 1)] * len(prompts)
     def not_64(prompts, texts, tokens):
         return [1 / (len(prompts) - 64)] * len(prompts)
+    def forks(prompts, texts, tokens):
+        if any(texts) and os.fork() == 0:  # a child that holds all of its pipes
+            open("child", "w").write(str(os.getpid()))
+            time.sleep(600)
+        while any(texts) and not os.path.exists("child"):
+            time.sleep(0.01)
+        time.sleep(600) if "hang" in texts else os._exit(0) if "end" in texts else None
+        return [1.0] * len(prompts)
     def slow(prompts, texts, tokens):
         time.sleep(0.3)
         return [0.0] * len(prompts)
@@ -273,6 +281,22 @@ def test_how_a_reward_of_ones_own_can_fail_is_said(own, monkeypatch, name, text,
         grade(reward, prompts, [text, "x"], [[1], [2]])
     assert "\n" not in str(failure.value)
     assert grade(reward, prompts, ["" if name != "raises" else "x"] * 2, [[1], [2]]) == [1, 1]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("hang", "no answer in 3 seconds"), ("end", "its process ended with code 0")])
+def test_a_child_of_a_reward_of_ones_own_neither_holds_up_a_run_nor_stays(own, tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scaled.worker.GRACE", 500)
+    reward, prompts = load_reward("my_rewards:forks", seconds=3), [Prompt("a:0", [1, 2], "")]
+    with pytest.raises(RuntimeError, match=message):
+        grade(reward, prompts, [text], [[1]])
+    pid = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        if not running(pid):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child is still there")
 
 
 @pytest.mark.parametrize("name, message", [
