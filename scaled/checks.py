@@ -80,8 +80,8 @@ def try_own(reward: Score, prompts: list[Prompt]) -> int:
             each = ((prompt.id, fault_of(reward, [prompt])) for prompt in part)
             row, fault = next((found for found in each if found[1]), (
                 f"{part[0].id} to {part[-1].id}, all in one call", fault))
-            raise ValueError(f"{fault:.600} (tried with an empty response to prompt {row}): correct "
-                             "the function, or remove the row")
+            raise ValueError(f"{fault:.600} (tried with an empty response to prompt {row}): "
+                             "correct the function, or remove the row")
     return len(prompts)
 
 

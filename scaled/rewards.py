@@ -174,6 +174,9 @@ class Own:
         """RuntimeError if the function raises, returns no rewards, hangs or ends its process."""
         asked = [(prompt.id, prompt.tokens, prompt.answer) for prompt in prompts]
         first = f" for {len(asked)} responses, the first to prompt {asked[0][0]}" if asked else ""
+        if self.worker and self.worker.process.poll() is not None:  # died while it was idle
+            self.worker.close()
+            self.worker = None
         try:
             self.worker = self.worker or Worker("scaled.rewards:call_own", self.__name__,
                                                 seconds=self.seconds)

@@ -86,7 +86,10 @@ class Worker:
 
 def place(error: Exception) -> str:
     """Where an error came up, if that is not in this project."""
-    file, line = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1][:2]
+    cause = error.__cause__
+    frames = traceback.extract_tb(
+        (cause if cause and cause.__traceback__ else error).__traceback__)
+    file, line = frames[-1].filename, frames[-1].lineno
     ours = Path(file).parent == Path(__file__).parent or file.startswith("<")
     return "" if ours else f" ({Path(file).name}, line {line})"
 

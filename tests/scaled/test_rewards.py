@@ -221,6 +221,8 @@ OWN = """if True:
     def ends_at_x(prompts, texts, tokens):
         os._exit(3) if any(p.answer == "x" for p in prompts) else None
         return [0.0] * len(prompts)
+    def from_nowhere(prompts, texts, tokens):
+        raise KeyError(prompts[0].answer) from ValueError("never raised")
     def not_alone(prompts, texts, tokens):
         return [1 / (len(prompts) - 1)] * len(prompts)
     def not_64(prompts, texts, tokens):
@@ -283,6 +285,15 @@ def test_how_a_reward_of_ones_own_can_fail_is_said(own, monkeypatch, name, text,
     assert grade(reward, prompts, ["" if name != "raises" else "x"] * 2, [[1], [2]]) == [1, 1]
 
 
+def test_a_process_of_ones_own_reward_that_died_while_idle_is_started_again(own):
+    reward, prompts = load_reward("my_rewards:length"), [Prompt("a:0", [1, 2], "")]
+    assert grade(reward, prompts, ["xyz"], [[1]]) == [132.0]
+    os.kill(reward.worker.process.pid, signal.SIGKILL)
+    while running(reward.worker.process.pid):
+        time.sleep(0.01)
+    assert grade(reward, prompts, ["xyz"], [[1]]) == [132.0]
+
+
 @pytest.mark.parametrize("text, message", [
     ("hang", "no answer in 3 seconds"), ("end", "its process ended with code 0")])
 def test_a_child_of_a_reward_of_ones_own_neither_holds_up_a_run_nor_stays(own, tmp_path, monkeypatch, text, message):
@@ -327,6 +338,7 @@ def test_trying_a_reward_of_ones_own_takes_no_longer_than_is_stated(own, monkeyp
 
 
 @pytest.mark.parametrize("name, message", [
+    ("from_nowhere", r"reward my_rewards:from_nowhere: KeyError: '' \(my_rewards.py, line "),
     ("nan", "reward my_rewards:nan: ValueError: nan returned nan for a response to prompt a:0"),
     ("raises", "reward my_rewards:raises: ZeroDivisionError")])
 def test_a_reward_of_ones_own_is_tried_at_the_start(own, name, message):
