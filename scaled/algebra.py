@@ -61,7 +61,8 @@ END: /\\end\{[pb]?matrix\}/
 
 PARSER = lark.Lark(GRAMMAR, parser="lalr")
 ARITHMETIC = {"add", "subtract", "multiply", "divide", "power", "root", "either", "absolute"}
-NO_FACTORS = {"no", "yes", "not", "mod", "gcd", "lcm", "max", "min", "det", "lim", "deg", "the"}
+NO_FACTORS = {"no", "yes", "not", "mod", "gcd", "lcm", "max", "min", "det", "lim", "deg", "the",
+              "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "abs"}
 
 
 class Unknown(Exception):

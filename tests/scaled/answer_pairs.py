@@ -200,6 +200,11 @@ PAIRS["what policies try"] = [
     ("5", "\\boxed{~5}", 1), ("5", "\\boxed{5?}", 0), ("5", "\\boxed{*5*}", 1), ("5!", "\\boxed{5}", 0),
     ("5", "\\boxed{5!}", 0), ("5", "\\boxed{5'}", 0), ("3", "\\boxed{3...}", 0)]
 
+PAIRS["functions without a backslash"] = [
+    ("ln(2)", "\\boxed{nl(2)}", 0), ("ln(2)", "\\boxed{2ln}", 0), ("exp(2)", "\\boxed{pxe(2)}", 0),
+    ("tan(2)", "\\boxed{nat(2)}", 0), ("sin 2x", "\\boxed{nis 2x}", 0), ("log2", "\\boxed{2gol}", 0),
+    ("2ln3", "\\boxed{3ln2}", 0), ("ln(2)", "\\boxed{ln(2)}", 1), ("abs(2)", "\\boxed{bas(2)}", 0)]
+
 PAIRS["the question again, or a part of a formula"] = [
     ("x=3", "\\boxed{3x+1=10}", 0), ("x=3", "\\boxed{2x=6}", 0), ("x=3", "\\boxed{x-3=0}", 0),
     ("2=x", "\\boxed{2x=4}", 0), ("x=\\frac{1}{2}", "\\boxed{2x=1}", 0),
