@@ -192,7 +192,8 @@ def test_columns_that_nobody_asked_for_do_no_harm_at_any_size(tmp_path, tokenize
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_what_only_some_readers_take_for_the_end_of_a_line_or_a_number(tmp_path, tokenizer, name):
-    rows = [{"prompt": "hello", "answer": "a\u2028b\x85c\x0bd", "other": 0}, {"prompt": "two", "answer": "7", "other": 1}]
+    rows = [{"prompt": "hello", "answer": "a\u2028b\x85c\x0bd", "other": 0},
+            {"prompt": "two", "answer": "7", "other": 1}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).replace("\x0b", "\\u000b")
     (tmp_path / name).write_bytes(text.replace('"other": 1', '"other": ' + "9" * 5000).encode())
     assert [p.answer for p in load_prompts(tmp_path / name, tokenizer, max_prompt=9)] == [rows[0]["answer"], "7"]
