@@ -183,8 +183,9 @@ def options(folder: Path) -> tuple[dict, int]:
     reasons = []
     for path in reversed(checkpoints(folder)):
         try:
-            if digest(path / OPTIONS) == read_digests(path)[OPTIONS]:
-                return json.loads((path / OPTIONS).read_text()), version_of(path)
+            found = json.loads((path / OPTIONS).read_text())
+            if digest(path / OPTIONS) == read_digests(path)[OPTIONS] and isinstance(found, dict):
+                return found, version_of(path)
             reasons.append(f"{path.name}/{OPTIONS} is not as it was written")
         except (OSError, ValueError) as error:
             reasons.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")

@@ -87,11 +87,15 @@ def resumed_config(name: str, given: dict) -> Config:
     ValueError for others, and without a checkpoint."""
     folder = Path("runs", check_name(name))
     check_folder(folder, resume=True)
-    (saved, version), known = checkpoint.options(folder), {f.name for f in fields(Config)}
+    saved, version = checkpoint.options(folder)
     saved |= changes(folder, version)
-    if saved.keys() != known:
+    known = {f.name: f.type for f in fields(Config)}
+    if saved.keys() != known.keys():
         raise ValueError(f"--resume {name}: its options are not those of this version: "
-                         f"{', '.join(sorted(saved.keys() ^ known))}")
+                         f"{', '.join(sorted(saved.keys() ^ known.keys())):.200}")
+    if wrong := sorted(key for key in known if type(saved[key]) is not known[key]):
+        raise ValueError(f"--resume {name}: its options are damaged: {wrong[0]} = "
+                         f"{saved[wrong[0]]!r:.40} is no {known[wrong[0]].__name__}")
     if fixed := sorted(key for key in given.keys() - Config.free if given[key] != saved[key]):
         raise ValueError(f"--resume {name}: {', '.join(fixed)} cannot change; what can: "
                          f"{', '.join(sorted(Config.free))}")

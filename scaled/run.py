@@ -73,6 +73,9 @@ class Run:
         self.advantages = material.objective.advantages
         self.loss_fn = partial(material.objective.loss, **material.objective.options(c))
         self.order = PromptOrder(len(self.prompts), c.seed)
+        if ":" in c.reward and RANK == 0:
+            print(f"reward {c.reward} was tried on {material.tried} of "
+                  f"{len(self.prompts + self.held_out)} rows", flush=True)
 
         self.engine = make_engine(c)
         self.fixed = [p.tokens for p in self.prompts[:8] if len(p.tokens) > 1]

@@ -176,6 +176,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--name ..", "--name ..: give up to 60 letters"),
     ("--name " + "a" * 300, f"--name {'a' * 60}: give up to 60 letters"),
     ("--name two\nlines", "--name two lines: give up to 60 letters"),
+    ("--name \x1b[31m", r"--name \x1b[31m: give up to 60 letters"),
+    ("--config \udcff.toml", r"--config \udcff.toml: there is no such file"),
     ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
     ("--name done", "--name done: is taken; give another, or --resume done"),
     ("--name file", "--name file: is taken"),
@@ -186,6 +188,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--resume ../done", "--name ../done: give up to 60 letters"),
     ("--resume rotten", "runs/rotten has no checkpoint that is whole (update-000004: No such file or directory)"),
     ("--resume older", "--resume older: its options are not those of this version: colour"),
+    ("--resume texts", "--resume texts: its options are damaged: updates = '8' is no int"),
+    ("--resume nulls", "--resume nulls: its options are damaged: lr = None is no float"),
     ("--resume done --config done.toml", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--seed 1 --no-config", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
@@ -228,6 +232,8 @@ def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, li
     (tmp_path / "runs/file").touch()
     saved_run(tmp_path / "runs/done")
     saved_run(tmp_path / "runs/older", colour="red")
+    saved_run(tmp_path / "runs/texts", updates="8")
+    saved_run(tmp_path / "runs/nulls", lr=None)
     (tmp_path / "runs/rotten/update-000004").mkdir(parents=True)
     for name, text in FILES.items():
         (tmp_path / f"{name}.toml").write_text(text)
