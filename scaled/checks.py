@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -34,16 +35,18 @@ class Material:
     objective: Objective
 
 
-def read_material(c: Config) -> Material:
+def read_material(c: Config, make_checkpoint: Callable = lambda: None) -> Material:
     """Needs the options alone. ValueError, in one line, for what they, the data and the checkpoint
-    do not permit; nothing is written."""
+    do not permit; nothing is written but what make_checkpoint writes, which is called when all that
+    needs no checkpoint is right."""
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
-    config, tokenizer = read_checkpoint(c)
     objective = load_objective(c.objective)
     objective.options(c)
     reward = load_reward(c.reward, c.reward_seconds)
+    make_checkpoint()
+    config, tokenizer = read_checkpoint(c)
     columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
                    max_prompt=c.max_prompt, system=c.system,
                    vocabulary=config.get_text_config().vocab_size)

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from scaled.families import logits_scale, stays_fp32
-from scaled.huggingface import read_weights, reset_buffers, tensor_files
+from scaled.engine import engine_called
+from scaled.families import logits_scale
+from scaled.huggingface import (
+    read_weights, reset_buffers, set_experts, stays_fp32, tensor_files)
 from scaled.logprobs import head_logprobs
 
 class Policy(nn.Module):
@@ -57,7 +59,8 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
     precision: fp32, or bf16 products and activations. experts: transformers'
     experts_implementation. The policy is in eval mode and stays so: π has no dropout.
     ValueError for a folder that is missing, incomplete, quantised or not MoE, for missing,
-    left-over or misshapen weights, and for another precision."""
+    left-over or misshapen weights, and for another precision; EngineError for what transformers or
+    FSDP raise after that."""
     folder, device = Path(folder), torch.device(device)
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision {precision!r}: give bf16 or fp32")
@@ -73,14 +76,14 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
                                                  trust_remote_code=trust_remote_code)
     if not any(".experts." in name for name, _ in model.named_parameters()):
         raise ValueError(f"{folder} is no Mixture of Experts: model_type {config.model_type!r}")
-    if model._can_set_experts_implementation():  # other classes have a single one
-        model.set_experts_implementation(experts)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     policy = Policy(model.eval(), logits_bytes)
     policy.saved_dtype = saved_dtype
-    _shard(policy, precision, gradient_checkpointing, cpu_offload, device)
-    _materialise(policy, cpu_offload, device)
+    with engine_called("the training engine", "at its start"):
+        set_experts(model, experts)
+        _shard(policy, precision, gradient_checkpointing, cpu_offload, device)
+        _materialise(policy, cpu_offload, device)
     with ExitStack() as stack:
         read_weights(model, folder, files, stack)
     return policy

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout
 from scaled.data import end_tokens
-from scaled.engine import EngineError
+from scaled.engine import EngineError, engine_called
 from scaled.families import knows, moe_layers, route_shape
 from scaled.huggingface import published_names
 from scaled.quantisation import quantisation
@@ -234,14 +234,7 @@ class Engine:
 
 @contextmanager
 def vllm_called(when: str):
-    """What vLLM raises, also its ValueErrors, is a failure of the engine. It draws from and seeds
-    torch's global generators; the trainer's stay as they were."""
+    """vLLM draws from and seeds torch's global generators; the trainer's stay as they were."""
     devices = [torch.cuda.current_device()] if DEVICE == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    except EngineError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())
-        raise EngineError(f"vllm {VLLM} failed {when}: {type(error).__name__}: {line}") from error
+    with engine_called(f"vllm {VLLM}", when), torch.random.fork_rng(devices):
+        yield

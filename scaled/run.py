@@ -63,11 +63,12 @@ class Run:
                 print(f"scaled: {line}", file=sys.stderr, flush=True)
             if checkpoint.version_of(newest) >= c.updates:
                 raise ValueError(f"--updates {c.updates}: {newest} has them already; give more")
-        if c.nano_cold_start:
-            if RANK == 0:
+
+        def cold_start():
+            if c.nano_cold_start and RANK == 0:
                 export_cold_start(Path(c.checkpoint), c.seed)
             dist.barrier()
-        material = read_material(c)
+        material = read_material(c, cold_start)
         self.tokenizer, self.reward = material.tokenizer, material.reward
         self.prompts, self.held_out = material.prompts, material.held_out
         self.advantages = material.objective.advantages

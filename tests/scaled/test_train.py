@@ -306,6 +306,9 @@ REFUSED = [  # refused when checkpoint and data are read
     (dict(max_response=23), "exceeds the checkpoint's context of 28 tokens"),
     (dict(nano_cold_start=True), "is not the cold start of --seed 0"),
     (dict(reward="os:nothing"), "os has no function nothing"),
+    (dict(reward="os:nothing", nano_cold_start=True, checkpoint="runs/absent"), "os has no function nothing"),
+    (dict(objective="PPO"), "--objective PPO: give MiniRL or GRPO"),
+    (dict(objective="GRPO", length_norm=True), "--length-norm True: --objective GRPO would ignore it"),
     (dict(rollout_precision="fp8"), "rollout precision fp8"),  # no AMX, or 64 is no multiple of 128
 ]
 
