@@ -37,7 +37,9 @@ def table(results: list[dict], pairs: list[dict], o: Options, width: int = 0) ->
     differences = [[f"{names[j]} - {names[i]}", *(cell(x, "+") for x in pair["estimates"].values())]
                    for (i, j), pair in zip(order, pairs, strict=True)]
     labels = ["", *(LABELS.get(name, name) for name in results[0]["estimates"])]
-    lines = [f"{o.data}: {len(results[0]['rows'])} problems, {o.samples} responses to each"]
+    lines = [f"{o.data}: {len(results[0]['rows'])} problems, {o.samples} responses to each",
+             f"temperature {o.temperature:g}, top-p {o.top_p:g}, up to {o.max_response} tokens, "
+             f"{o.rollout_precision} engine"]
     lines += [f"{name}  {result['model']}" + (
         "" if result["update"] is None else f" (update {result['update']})")
         for name, result in zip(names, results)]

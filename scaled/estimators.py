@@ -18,7 +18,8 @@ def ks(n: int) -> list[int]:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that one of k responses passes, unbiased, from n of which c do: 1 less the share
     of all choices of k that have none of the c (arXiv 2107.03374, equation 1)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    choices = math.comb(n, k)
+    return (choices - math.comb(n - c, k)) / choices  # of whole numbers: for k = 1 it is c / n
 
 
 def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], k: int) -> float:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from nano_moe_rl import check, check_options, option
-from scaled.config import Config
+from scaled.config import KINDS, Config
 
 
 def of_a_run(name: str, text: str = ""):
@@ -74,12 +74,21 @@ def find(name: str) -> Model:
     try:
         found = tuple(find_checkpoints(name))
     except ValueError as error:
-        if os.path.isfile(Path(name, "config.json")):
+        config, rows = (os.path.isfile(Path(name, file)) for file in (
+            checkpoint.OPTIONS, checkpoint.ROWS))
+        if config and not rows:  # a run has both, and here no checkpoint yet
             return Model(name, "folder", base=name)
         raise ValueError(f"--model {error}; or a Hugging Face folder") from None
     saved = checkpoint.options(found[-1].parent)
+    if not isinstance(saved, dict) or not isinstance(saved.get("checkpoint"), str):
+        raise ValueError(f"--model {name}: {checkpoint.OPTIONS} of its run does not say from which "
+                         "checkpoint it began")
     own = {f.name: saved[NAMES.get(f.name, f.name)] for f in fields(Options)
            if f.name not in OWN and NAMES.get(f.name, f.name) in saved}
+    for f in fields(Options):
+        if type(own.get(f.name, f.default)) is not f.type:
+            raise ValueError(f"--model {name}: {checkpoint.OPTIONS} of its run has for {f.name} "
+                             f"{own[f.name]!r:.60}; it should be {KINDS[f.type]}")
     return Model(name, "run", found, own, saved["checkpoint"])
 
 

@@ -197,8 +197,9 @@ def test_the_table_fits_and_has_every_number():
     o = Options(data="problems.jsonl", samples=4)
     narrow, wide = (table(results, pairs, o, width) for width in (80, 200))
     assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, wide.splitlines())) <= 200
-    assert narrow.splitlines()[:4] == ["problems.jsonl: 12 problems, 4 responses to each", "A  runs/0",
-                                       "B  runs/1 (update 1)", "C  runs/2 (update 2)"]
+    assert narrow.splitlines()[:5] == [
+        "problems.jsonl: 12 problems, 4 responses to each", "temperature 1, top-p 1, up to 8192 tokens, bf16 engine",
+        "A  runs/0", "B  runs/1 (update 1)", "C  runs/2 (update 2)"]
     assert narrow.splitlines()[-2:] == ["B: 1 vote timeouts", "C: 2 vote timeouts"]
     for text in (narrow, wide):
         for one in [result["estimates"] for result in results]:
@@ -209,7 +210,26 @@ def test_the_table_fits_and_has_every_number():
     assert narrow.count("pass@4") == 3 and wide.count("pass@4") == 1
 
 
+@pytest.fixture(scope="module")
+def odd(folder):
+    """Runs whose options are not of a kind that anybody could use, and one without a checkpoint."""
+    for name, options in (("odd", {"temperature": 1.0}), ("list", [1]), ("hot", {"checkpoint": "base", "temperature": "hot"})):
+        path = folder / "runs" / name / "update-000004"
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(options))
+        (path / "files.json").write_text(json.dumps(dict.fromkeys(
+            [".metadata", "metrics.jsonl", "x"], "") | {"config.json": checkpoint.digest(path / "config.json")}))
+    (folder / "runs/new").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / "runs/new" / name).touch()
+    return folder
+
+
 REFUSED = [  # before ranks meet
+    ("--model runs/new", "--model runs/new has no checkpoint: give"),
+    ("--model runs/odd", "config.json of its run does not say from which checkpoint it began"),
+    ("--model runs/list", "config.json of its run does not say from which checkpoint it began"),
+    ("--model runs/hot", "--model runs/hot: config.json of its run has for temperature 'hot'; it should be a number"),
     ("", "--model: give a Hugging Face folder or a checkpoint of a run"),
     ("--model nowhere", "--model nowhere has no checkpoint: give"),
     ("--model runs/run@12", "--model runs/run has no checkpoint of update 12, only of 4, 8"),
@@ -227,7 +247,8 @@ REFUSED = [  # before ranks meet
 
 
 @pytest.mark.parametrize("argv, line", REFUSED, ids=[row[0] for row in REFUSED])
-def test_options_are_refused_in_one_line(folder, monkeypatch, capsys, argv, line):
+def test_options_are_refused_in_one_line(odd, monkeypatch, capsys, argv, line):
+    folder = odd
     monkeypatch.chdir(folder)
     before = set(folder.rglob("*"))
     with pytest.raises(SystemExit) as end:
