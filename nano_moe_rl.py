@@ -440,6 +440,7 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
         effective_sample_size=effective_sample_size(logprobs - mu, mask),
         routing_agreement=routing_agreement(routing, batch.routing, batch.fed),
         clip_fraction=1 - gate[mask].double().mean(), entropy=entropies[mask].mean(),
+        dropped_responses=1 - (gate & mask).any(1).double().mean(),  # no token has a gradient
         response_length=(batch.lengths - batch.prompt_lengths).double().mean())
     return {name: value.tolist() for name, value in metrics.items()}
 

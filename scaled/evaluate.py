@@ -123,14 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     ranks = Ranks()
     try:
         import torch.distributed as dist
+        from scaled.checks import check_reward
         from scaled.folder import write_aside
         from scaled.ranks import TIMEOUT
-        from scaled.rewards import check_reward, load_reward
+        from scaled.rewards import load_reward
         from scaled.votes import Votes
 
         reward = load_reward(o.reward, o.reward_seconds)
         problems = [read_problems(model, c) for model, c in zip(models, configs)]
-        check_reward(reward, problems[0][1])
+        tried = check_reward(reward, problems[0][1])
+        if RANK == 0 and tried < len(problems[0][1]):
+            print(f"reward {o.reward} was tried on {tried} of {len(problems[0][1])} rows",
+                  file=sys.stderr, flush=True)
         peers, _ = dist.new_subgroups(o.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         votes, results = Votes(reward), []
     except ValueError as error:

@@ -119,7 +119,7 @@ def right_percent(gold: Answer, given: Answer) -> bool:
     if gold.unit and given.unit:
         return False  # percent and dollars
     formulas = [meaning(gold.text), meaning(given.text)]
-    if not all(f and f.work <= {"divide"} and getattr(f.value, "is_Rational", False)
+    if not all(f and f.work <= {"fraction"} and getattr(f.value, "is_Rational", False)
                for f in formulas):
         return False
     a, b = (f.value for f in formulas)

@@ -79,8 +79,8 @@ def find(name: str) -> Model:
         if config and not rows:  # a run has both, and here no checkpoint yet
             return Model(name, "folder", base=name)
         raise ValueError(f"--model {error}; or a Hugging Face folder") from None
-    saved = checkpoint.options(found[-1].parent)
-    if not isinstance(saved, dict) or not isinstance(saved.get("checkpoint"), str):
+    saved, _ = checkpoint.options(found[-1].parent)
+    if not isinstance(saved.get("checkpoint"), str):
         raise ValueError(f"--model {name}: {checkpoint.OPTIONS} of its run does not say from which "
                          "checkpoint it began")
     own = {f.name: saved[NAMES.get(f.name, f.name)] for f in fields(Options)

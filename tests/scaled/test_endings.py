@@ -94,7 +94,7 @@ def test_sigterm_finishes_the_update_saves_and_exits_with_0(folder):
     assert [row["update"] for row in rows] == list(range(1, len(rows) + 1))
     assert json.loads((newest / "config.json").read_text())["prompts"] == 4
     assert not list(folder.glob("runs/term/.*"))  # neither a lock nor anything half written
-    event = next(folder.glob("runs/term/events.*")).read_bytes()
+    event = next(folder.glob("runs/term/events.out.*")).read_bytes()
     assert b"routing_agreement/0" in event and b"mismatch_kl" in event
 
 

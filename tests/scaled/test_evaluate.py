@@ -213,7 +213,8 @@ def test_the_table_fits_and_has_every_number():
 @pytest.fixture(scope="module")
 def odd(folder):
     """Runs whose options are not of a kind that anybody could use, and one without a checkpoint."""
-    for name, options in (("odd", {"temperature": 1.0}), ("list", [1]), ("hot", {"checkpoint": "base", "temperature": "hot"})):
+    for name, options in (("odd", {"temperature": 1.0}), ("list", [1]),
+                          ("hot", {"checkpoint": "base", "temperature": "hot"})):
         path = folder / "runs" / name / "update-000004"
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(options))
@@ -228,7 +229,7 @@ def odd(folder):
 REFUSED = [  # before ranks meet
     ("--model runs/new", "--model runs/new has no checkpoint: give"),
     ("--model runs/odd", "config.json of its run does not say from which checkpoint it began"),
-    ("--model runs/list", "config.json of its run does not say from which checkpoint it began"),
+    ("--model runs/list", "runs/list has no checkpoint that is whole (update-000004/config.json is not as"),
     ("--model runs/hot", "--model runs/hot: config.json of its run has for temperature 'hot'; it should be a number"),
     ("", "--model: give a Hugging Face folder or a checkpoint of a run"),
     ("--model nowhere", "--model nowhere has no checkpoint: give"),

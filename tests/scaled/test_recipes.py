@@ -103,12 +103,14 @@ def test_the_slurm_script_starts_or_resumes(tmp_path, saved):
         (tmp_path / f"runs/{SLURM.stem}/update-000020").mkdir(parents=True)
     found = subprocess.run(
         ["bash", SLURM], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "gpu-[07-08,11-12]", "SLURM_JOB_ID": "42"})
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "gpu-[07-08,11-12]",
+             "SLURM_JOB_ID": "42"})
     arguments = found.stdout.split("\n")[:-1]
     start = ["--resume", SLURM.stem] if saved else ["--config", f"scaled/configs/{SLURM.stem}.toml"]
     assert arguments == [
         "--kill-on-bad-exit=1", "torchrun", "--nnodes", "4", "--nproc-per-node", "8", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "gpu-07:29500", "--rdzv-id", "42", "--shutdown-timeout", "3600", "-m", "scaled.train", *start]
+        "--rdzv-endpoint", "gpu-07:29500", "--rdzv-id", "42", "--shutdown-timeout", "3600", "-m", "scaled.train",
+        *start]
     asked = dict(re.findall(r"#SBATCH --(\S+?)=(\S+)", SLURM.read_text()))
     assert (asked["nodes"], asked["gpus-per-node"], asked["ntasks-per-node"]) == ("4", "8", "1")
     assert asked["signal"] == "TERM@3600"  # as long as torchrun is patient
