@@ -47,12 +47,10 @@ def read_material(c: Config, make_checkpoint: Callable = lambda: None) -> Materi
     reward = load_reward(c.reward, c.reward_seconds)
     make_checkpoint()
     config, tokenizer = read_checkpoint(c)
-    columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
-                   max_prompt=c.max_prompt, system=c.system,
-                   vocabulary=config.get_text_config().vocab_size)
-    prompts = load_prompts(c.train_data, tokenizer, split=c.train_split, **columns)
-    held_out = load_prompts(
-        c.eval_data, tokenizer, split=c.eval_split, **columns) if c.eval_data else []
+    vocabulary = config.get_text_config().vocab_size
+    prompts = read_prompts(c, c.train_data, c.train_split, tokenizer, vocabulary)
+    held_out = read_prompts(c, c.eval_data, c.eval_split, tokenizer,
+                            vocabulary) if c.eval_data else []
     tried = check_reward(reward, prompts + held_out)
     return Material(tokenizer, prompts, held_out, reward, tried, objective)
 
@@ -99,6 +97,14 @@ def fault_of(reward: Score, prompts: list[Prompt]) -> str:
     except (RuntimeError, ValueError) as error:
         return " ".join(str(error).split())
     return ""
+
+
+def read_prompts(c: Config, source: str, split: str, tokenizer: PreTrainedTokenizerBase,
+                 vocabulary: int) -> list[Prompt]:
+    return load_prompts(
+        source, tokenizer, split=split, prompt_column=c.prompt_column, chat=c.chat,
+        answer_column=c.answer_column, max_prompt=c.max_prompt, system=c.system,
+        vocabulary=vocabulary)
 
 
 def check_fit(c: Config, config: PreTrainedConfig):

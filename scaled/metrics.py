@@ -90,16 +90,20 @@ def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_cou
     the tokens that end a response; reward_counts: what the reward counted on this rank, by name;
     equal (P,): of the groups of this rank's engine, as equal_groups says."""
     sums, rows = Sums(), len(batch.tokens)
-    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
-    cut = (batch.lengths - batch.prompt_lengths == max_response) & ~torch.isin(
-        last, torch.tensor(ends))
-    sums.add("truncation_rate", cut.double().mean(), rows)
+    sums.add("truncation_rate", truncated(batch, max_response, ends).double().mean(), rows)
     sums.add("equal_groups", equal.double().mean(), len(equal))
     sums.count("tokens", int(batch.lengths.sum()))
     sums.count("missing_routes", missing_routes(batch))
     for name, number in reward_counts.items():
         sums.count(f"reward_{name}", number)
     return sums.over_ranks()
+
+
+def truncated(batch: Rollout, max_response: int, ends: list[int]) -> Tensor:
+    """Whether responses (B,) were cut off: none of the tokens that end one came in time."""
+    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
+    return (batch.lengths - batch.prompt_lengths == max_response) & ~torch.isin(
+        last, torch.tensor(ends))
 
 
 def missing_routes(rollout: Rollout) -> int:

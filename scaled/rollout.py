@@ -63,10 +63,11 @@ class Engine:
 
     def __init__(self, folder: str, *, precision: str, tensor_parallel: int, max_length: int,
                  temperature: float, seed: int, gpu_memory: float = 0.5,
-                 trust_remote_code: bool = False, **vllm_options):
+                 trust_remote_code: bool = False, routes: bool = True, **vllm_options):
         """folder: a Hugging Face checkpoint, policy version 0. precision: bf16, fp32, fp8 or int8.
         max_length: tokens of prompt and response. gpu_memory: share of the device for weights and
-        KV cache. vllm_options go over ours. ValueError if the family, the device, the shapes or the
+        KV cache. routes: False for evaluation: a long rollout has gigabytes of them.
+        vllm_options go over ours. ValueError if the family, the device, the shapes or the
         installed vLLM do not permit it, before anything is loaded."""
         self.vllm_version = check_vllm()
         set_environment()
@@ -80,7 +81,7 @@ class Engine:
         check_served(config, precision)
         options = quantisation(precision, text, tensor_parallel)
         self.contract = None  # of a family whose routes nobody could read
-        if knows(config):
+        if routes and knows(config):
             _, A, E = route_shape(config)
             self.contract = dict(layers=moe_layers(config), top_k=A, n_experts=E,
                                  n_hidden_layers=text.num_hidden_layers)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nano_moe_rl import DEVICE, Rollout, adamw
 from scaled import checkpoint
-from scaled.batches import prompts_of_engine
+from scaled.batches import prompts_of_engine, responses
 from scaled.checks import read_material
 from scaled.config import Config
 from scaled.data import PromptOrder
@@ -26,12 +26,12 @@ from scaled.sync import SyncCheck
 from scaled.trainer import logprobs_of, move
 
 
-def make_engine(c: Config) -> Engine:
+def make_engine(c: Config, routes: bool = True) -> Engine:
     """Needs a process group, and on a GPU that nothing else has memory yet: vLLM takes a share."""
     return Engine(
         c.checkpoint, precision=c.rollout_precision, tensor_parallel=c.tensor_parallel,
         max_length=c.max_length, temperature=c.temperature, seed=c.seed,
-        gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code)
+        gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code, routes=routes)
 
 
 def make_policy(c: Config) -> Policy:
@@ -141,16 +141,15 @@ class Run:
         """Graded responses of this rank's engine."""
         rollout = self.engine.generate([prompt.tokens for prompt in prompts], group_size,
                                        self.c.max_response, seed, self.version, top_p)
-        responses = [row[start:end].tolist() for row, start, end in
-                     zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
+        sampled = responses(rollout)
         with self.phases("reward"):
             first = RANK - RANK % self.c.tensor_parallel
             same = crc32(rollout.tokens.numpy().tobytes())
-            rewards = torch.tensor([0.0] * len(responses) + [same], dtype=torch.float64)
+            rewards = torch.tensor([0.0] * len(sampled) + [same], dtype=torch.float64)
             if RANK == first:
-                texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+                texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
                 asked = [prompt for prompt in prompts for _ in range(group_size)]
-                rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, responses))
+                rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, sampled))
             dist.broadcast(rewards, first, group=self.peers)
             if rewards[-1] != same:
                 raise RuntimeError(
