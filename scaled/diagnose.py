@@ -53,13 +53,12 @@ def parse(argv: list[str] | None) -> tuple[Config, dict]:
     return c, alone
 
 
-def read_prompts(c: Config, file: str, count: int) -> list[list[int]]:
+def take_prompts(c: Config, file: str, count: int) -> list[list[int]]:
     """Token ids of the first prompts of a file, or of random ones. ValueError for checkpoints and
     data that cannot be used."""
     import torch
 
-    from scaled.checks import read_checkpoint
-    from scaled.data import load_prompts
+    from scaled.checks import read_checkpoint, read_prompts
 
     config, tokenizer = read_checkpoint(c)
     vocabulary = config.get_text_config().vocab_size
@@ -67,9 +66,7 @@ def read_prompts(c: Config, file: str, count: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(c.seed)
         length = min(8, c.max_prompt)
         return torch.randint(vocabulary, (count, length), generator=generator).tolist()
-    prompts = load_prompts(file, tokenizer, prompt_column=c.prompt_column, answer_column="",
-                           chat=c.chat, system=c.system, max_prompt=c.max_prompt,
-                           vocabulary=vocabulary)
+    prompts = read_prompts(c, file, c.train_split, tokenizer, vocabulary)
     return [prompt.tokens for prompt in prompts[:count]]
 
 
@@ -271,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         from scaled.batches import prompts_of_engine, rows_of_rank, take
         from scaled.run import make_engine, make_policy
 
-        prompts = read_prompts(c, alone["prompts"], alone["count"])
+        prompts = take_prompts(c, alone["prompts"], alone["count"])
         engines, index = WORLD // c.tensor_parallel, RANK // c.tensor_parallel
         if WORLD % c.tensor_parallel or len(prompts) % engines:
             raise ValueError(f"--count {len(prompts)}: with {WORLD} processes and "
