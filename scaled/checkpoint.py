@@ -9,10 +9,12 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,44 +80,96 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version: int, keep: int,
-         texts: dict[str, str]):
-    """Writes folder/update-VERSION aside and renames it when all ranks are done, then removes all
-    but the newest `keep`. texts, of rank 0: what OPTIONS and ROWS have. A collective. The version
-    is all the state there is beside weights and optimiser: prompts, samples and the learning rate
-    follow from it and the seed. OSError if it cannot be written: what was there before is still
-    there, the attempt is not."""
+def state_of(policy: Policy, optimizer: torch.optim.Optimizer, version: int) -> dict:
+    """What a checkpoint has of this rank. The version is all the state there is beside weights and
+    optimiser: prompts, samples and the learning rate follow from it and the seed."""
     fresh = not optimizer.state
     model, optim = get_state_dict(policy, optimizer)
     if fresh:  # torch has made a step of length 0, which Adam would count as its first
         optimizer.state.clear()
-    target, rank = folder / f"update-{version:06}", dist.get_rank()
-    aside = folder / f".{target.name}"
-    if rank == 0:  # of an attempt that was cut short, perhaps with other ranks
+    return {"model": model, "optimizer": optim, "version": version}
+
+
+def prepare(target: Path) -> Path:
+    """Where a checkpoint is written before it gets its name. A collective."""
+    aside = target.with_name(f".{target.name}")
+    if dist.get_rank() == 0:  # of an attempt that was cut short, perhaps with other ranks
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
+    return aside
+
+
+def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version: int, keep: int,
+         texts: dict[str, str]):
+    """Writes folder/update-VERSION aside and renames it when all ranks are done, then removes all
+    but the newest `keep` and the best. texts, of rank 0: what OPTIONS and ROWS have. A collective.
+    OSError if it cannot be written: what was there before is still there, the attempt is not."""
+    state, target = state_of(policy, optimizer, version), folder / f"update-{version:06}"
+    aside = prepare(target)
+    publish(target, lambda: dcp.save(state, checkpoint_id=aside), keep, texts)
+
+
+def publish(target: Path, write: Callable, keep: int, texts: dict[str, str],
+            group: dist.ProcessGroup | None = None):
+    """The end of a save, after write() of all ranks, which a thread can do with its own group."""
+    aside, rank = target.with_name(f".{target.name}"), dist.get_rank()
     try:
-        dcp.save({"model": model, "optimizer": optim, "version": version}, checkpoint_id=aside)
-        mine = [*aside.glob(f"__{rank}_*")]
-        if rank == 0:
-            for name in (OPTIONS, ROWS):
-                (aside / name).write_text(texts[name])
-            mine += [aside / name for name in (".metadata", OPTIONS, ROWS)]
-        digests = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, {path.name: digest(path) for path in mine})
-        if rank == 0:
-            together = {name: value for part in digests for name, value in part.items()}
-            (aside / FILES).write_text(json.dumps(together, indent=2))
-    except (OSError, CheckpointException) as error:  # the latter is no Exception
+        try:
+            write()
+            mine = [*aside.glob(f"__{rank}_*")]
+            if rank == 0:
+                for name in (OPTIONS, ROWS):
+                    (aside / name).write_text(texts[name])
+                mine += [aside / name for name in (".metadata", OPTIONS, ROWS)]
+            part = {path.name: digest(path) for path in mine}
+        except OSError as error:
+            part = cause(error)
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, part, group=group)
+        said = [next((part for part in parts if isinstance(part, str)), "")]
+        if rank == 0 and not said[0]:
+            try:
+                together = {name: value for part in parts for name, value in part.items()}
+                (aside / FILES).write_text(json.dumps(together, indent=2))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(aside, target)
+                remove_old(target.parent, keep)
+            except OSError as error:
+                said = [cause(error)]
+        dist.broadcast_object_list(said, 0, group=group)
+    except CheckpointException as error:  # of all ranks at once, and no Exception
+        said = [cause(error)]
+    if said[0]:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # room for others, on a full disk
-        raise OSError(f"{target} could not be saved: {cause(error)}") from error
-    if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        raise OSError(f"{target} could not be saved: {said[0]}")
+
+
+def remove_old(folder: Path, keep: int):
+    """All but the newest `keep` and, beside them, the one with the best score."""
+    saved = checkpoints(folder)
+    for old in set(saved[:-keep]) - {best(saved)}:
+        shutil.rmtree(old)
+
+
+def score_of(path: Path) -> float | None:
+    """The score that its own update has in the rows of a checkpoint; None if that update was not
+    one with a score, or the rows are not as they were written."""
+    try:
+        if digest(path / ROWS) != read_digests(path)[ROWS]:
+            return None
+        row = json.loads((path / ROWS).read_text().splitlines()[-1])
+        at, score = row["update"], row["score"]
+    except (OSError, ValueError, LookupError, TypeError):  # no rows: before the first update
+        return None
+    return score if at == version_of(path) and isinstance(score, float) else None
+
+
+def best(paths: list[Path]) -> Path | None:
+    """The one with the highest score, of equal ones the newest; None if none has a score."""
+    scored = [(score, version_of(path), path) for path in paths
+              if (score := score_of(path)) is not None and math.isfinite(score)]
+    return max(scored)[2] if scored else None
 
 
 def cause(error: BaseException) -> str:

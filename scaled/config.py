@@ -22,7 +22,9 @@ class Config:
     seed: int = option(0, "decides the order of prompts and every sample", low=0)
     updates: int = option(100, "gradient updates")
     checkpoint_every: int = option(20, "updates between checkpoints")
-    keep: int = option(2, "checkpoints kept; older ones are removed")
+    keep: int = option(2, "newest checkpoints kept, and beside them the one with the best score")
+    save_in_background: bool = option(
+        True, "train on while a checkpoint is written: a second copy of it in host memory")
     tensorboard: bool = option(False, "write event files beside metrics.jsonl")
 
     # the model
@@ -108,9 +110,10 @@ class Config:
 
     # what a resumed run may have otherwise: the maths does not depend on it
     free = frozenset((
-        "updates", "checkpoint_every", "keep", "tensorboard", "reward_seconds", "token_budget",
-        "logits_mib", "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync",
-        "check_sync_every", "eval_every", "watch", "watch_rules", "watch_change", "watch_times"))
+        "updates", "checkpoint_every", "keep", "save_in_background", "tensorboard",
+        "reward_seconds", "token_budget", "logits_mib", "gradient_checkpointing", "cpu_offload",
+        "gpu_memory", "check_sync", "check_sync_every", "eval_every", "watch", "watch_rules",
+        "watch_change", "watch_times"))
 
     max_length = property(lambda c: c.max_prompt + c.max_response)
 

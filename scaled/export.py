@@ -106,10 +106,14 @@ def find_checkpoints(source: str) -> list[Path]:
             return [versions[int(update)]]
         raise ValueError(f"{folder} has no checkpoint of update {update}, only of "
                          f"{', '.join(map(str, versions)) or 'none'}")
+    if not path.exists() and at and update == "best":
+        if (found := checkpoint.best(checkpoint.checkpoints(Path(folder)))) is None:
+            raise ValueError(f"{folder} has no checkpoint of an update with a score")
+        return [found]
     if saved := checkpoint.checkpoints(path):
         return saved
     raise ValueError(f"{source} has no checkpoint: give a checkpoint.pt, the folder of a scaled "
-                     "run, runs/NAME@UPDATE, or the folder of one of its checkpoints")
+                     "run, runs/NAME@UPDATE or @best, or the folder of one of its checkpoints")
 
 
 def export_scaled(found: list[Path], folder: Path) -> int:

@@ -6,7 +6,7 @@ again, after a resume or a way back, can have the same events again.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 import torch
@@ -32,7 +32,9 @@ def change(c: Config) -> dict:
 class Guard:
     """Looks at a run after each rollout batch. Rank 0 decides, for all of them."""
 
-    def __init__(self, run: Run, log: Log):
+    def __init__(self, run: Run, log: Log, settle: Callable[[], None]):
+        """settle: waits for a checkpoint that is being written."""
+        self.settle = settle
         self.run, self.log, self.stopped, self.reason = run, log, False, ""
         self.rows = [json.loads(line) for line in log.lines.splitlines()]
 
@@ -71,6 +73,7 @@ class Guard:
         """To the newest whole checkpoint of that update or before, and on from there with the
         change; False, and nothing done, if there is none. A collective."""
         run, at = self.run, self.run.version
+        self.settle()
         saved = [path for path in checkpoint.checkpoints(run.folder)
                  if checkpoint.version_of(path) <= last_good]
         try:

@@ -23,6 +23,7 @@ from scaled.metrics import batch_metrics, equal_groups, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
 from scaled.run import Run
+from scaled.saver import Saver
 from scaled.trainer import prepare_batch, train_step
 
 
@@ -91,15 +92,17 @@ def train(run: Run, stop: Callable[[], bool]) -> str:
     run.sync()
     log.begin(run.version, run.evaluate()["score"])
     run.phases.seconds = {}
-    saved, guard = run.version, Guard(run, log)
+    saver = Saver(folder, c.keep, c.save_in_background)
+    saved, guard = run.version, Guard(run, log, saver.wait)
 
     def save():
-        checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep,
-                        {checkpoint.OPTIONS: options_text(run.c), checkpoint.ROWS: log.lines})
+        saver.save(run.policy, run.optimizer, run.version, {
+            checkpoint.OPTIONS: options_text(run.c), checkpoint.ROWS: log.lines})
 
     if c.watch == "back" and not run.version:
         save()  # there is always something to go back to
     for rows in learn(run, lambda: stop() or guard.stopped):
+        saver.look()
         log.add(rows)
         act, due = guard.look(rows), run.version - saved >= c.checkpoint_every
         if act == "back":
@@ -109,6 +112,7 @@ def train(run: Run, stop: Callable[[], bool]) -> str:
             saved = run.version
     if saved < run.version or not run.version:  # stopped, perhaps before the first update
         save()
+    saver.wait()
     log.close()
     return "" if run.version >= c.updates else guard.reason if guard.stopped else "SIGTERM"
 

@@ -16,6 +16,7 @@ import nano_moe_rl as nano
 from scaled import checkpoint
 from scaled.export import export_nano
 from scaled.policy import load_policy
+from scaled.saver import Saver
 
 TINY = nano.Config(layers=1, experts=4, expert_width=8, width=32, heads=1)
 
@@ -243,3 +244,108 @@ def test_a_full_disk_keeps_what_was_there(saved, tmp_path):
     for rank in range(2):
         text = (tmp_path / f"said-{rank}").read_text()
         assert "\n" not in text and "update-000008 could not be saved: OSError: [Errno 27] File too large" in text
+
+
+# --------------------------------------------------------------------------- The best, and its score
+def rows(*scores):
+    return {"config.json": "{}", "metrics.jsonl": "".join(
+        json.dumps({"update": at, "score": score}) + "\n" for at, score in enumerate(scores, 1))}
+
+
+def test_the_best_by_score_is_kept_beside_the_newest(saved, tmp_path):
+    """Its own update's score counts: update 2 has none in its rows, update 4 a low one after a high one."""
+    policy, optimizer = trainer(saved[0] / "hf")
+    scores = [0.9, None, 0.8, 0.2, 0.5, 0.8]
+    kept = {1: [1], 2: [1, 2], 3: [1, 3], 4: [1, 4], 5: [1, 5], 6: [1, 6]}
+    for version in range(1, 7):
+        checkpoint.save(tmp_path, policy, optimizer, version, 1, rows(*scores[:version]))
+        assert [checkpoint.version_of(path) for path in checkpoint.checkpoints(tmp_path)] == kept[version]
+    first, last = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.best([first, last]) == first
+    assert [checkpoint.score_of(path) for path in (first, last)] == [0.9, 0.8]
+    plant(first, "metrics.jsonl", rows(0.8)["metrics.jsonl"].encode())
+    plant(last, "metrics.jsonl", rows(*[0.1] * 5, 0.8)["metrics.jsonl"].encode())
+    assert checkpoint.best([first, last]) == last  # of equal ones the newest
+    (first / "metrics.jsonl").write_text(rows(0.95)["metrics.jsonl"])  # not as it was written
+    assert checkpoint.best([first, last]) == last
+    plant(last, "metrics.jsonl", b'{"update": 6, "score": NaN}')
+    assert checkpoint.best([first, last]) is None
+    plant(last, "metrics.jsonl", b'{"update": 5, "score": 0.9}')  # of another update
+    for text in (b"", b"[]", b"3", b'{"update": 6, "score": "0.9"}', b'{"update": 6}', b"\xff"):
+        assert checkpoint.best([last]) is None
+        plant(last, "metrics.jsonl", text)
+
+
+# ------------------------------------------------------------------------- Other numbers of processes
+def write_and_read(rank, world, folder):
+    """Saves its own, and reads what another number of ranks has saved, if there is any."""
+    join_group(rank, world, folder)
+    policy, optimizer = trainer(folder / "hf")
+    for other in checkpoint.checkpoints(folder / "run"):
+        assert checkpoint.newest_whole([other])[1] == ""
+        version = checkpoint.load(other, policy, optimizer)
+        got, held = values(policy, optimizer), torch.load(folder / f"held-{version}")
+        assert len(got) == len(held) and all(map(torch.equal, got, held))
+    change(policy, optimizer, world + 0.5)
+    got = values(policy, optimizer)
+    if rank == 0:
+        torch.save(got, folder / f"held-{len(list(folder.glob('held-*'))) + 1}")
+    dist.barrier()
+    checkpoint.save(folder / "run", policy, optimizer, len(list(folder.glob("held-*"))), 9, texts(1))
+    dist.destroy_process_group()
+
+
+def test_a_checkpoint_is_read_by_another_number_of_ranks(saved, tmp_path):
+    """Weights and both moments of 2 ranks by 1, and of 1 by 2, to the last bit."""
+    shutil.copytree(saved[0] / "hf", tmp_path / "hf")
+    (tmp_path / "run").mkdir()
+    for world in (2, 1, 2):
+        run_ranks(write_and_read, world, tmp_path)
+    shards = [len({path.name.split("_")[2] for path in saved.glob("__*")})
+              for saved in checkpoint.checkpoints(tmp_path / "run")]
+    assert shards == [2, 1, 2]
+
+
+# --------------------------------------------------------------------------------- In the background
+def train_on(rank, world, folder):
+    """Weights and moments change, with collectives, while a checkpoint of what they were is written."""
+    join_group(rank, world, folder)
+    policy, optimizer = trainer(folder / "hf")
+    saver = Saver(folder / "run", 2, background=True)
+    held = {}
+    for version in range(5):  # 0: before there is any optimiser state
+        held[version] = values(policy, optimizer)
+        saver.save(policy, optimizer, version, texts(version))
+        for _ in range(3):
+            change(policy, optimizer, version + 1.0)
+            values(policy, optimizer)  # gathers
+        saver.look()
+    saver.wait()
+    saved = checkpoint.checkpoints(folder / "run")
+    assert [checkpoint.version_of(path) for path in saved] == [3, 4]
+    for path in saved:
+        assert checkpoint.newest_whole([path])[1] == ""
+        version = checkpoint.load(path, policy, optimizer)
+        assert all(map(torch.equal, values(policy, optimizer), held[version]))
+    dist.barrier()
+    # the second rank's disk is full: all hear of it, and it is as if nothing had been tried
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    saver.save(policy, optimizer, 8, texts(8))
+    with pytest.raises(OSError, match="update-000008 could not be saved: OSError: .*File too large"):
+        saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    dist.barrier()
+    assert checkpoint.checkpoints(folder / "run") == saved and not list((folder / "run").glob(".update*"))
+    saver.wait()  # said once
+    saver.save(policy, optimizer, 8, texts(8))
+    saver.wait()
+    assert checkpoint.version_of(checkpoint.checkpoints(folder / "run")[-1]) == 8
+    dist.destroy_process_group()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(saved, tmp_path):
+    shutil.copytree(saved[0] / "hf", tmp_path / "hf")
+    (tmp_path / "run").mkdir()
+    run_ranks(train_on, 2, tmp_path)
