@@ -45,10 +45,15 @@ def read_material(c: Config) -> Material:
 
 
 def check_fit(c: Config, config: PreTrainedConfig):
-    """ValueError for a model that cannot do what the options ask."""
+    """ValueError for a model that cannot do what the options ask, here."""
+    check_model(c, config)
+    check_served(config, c.rollout_precision)
+
+
+def check_model(c: Config, config: PreTrainedConfig):
+    """ValueError for a model that cannot do what the options ask, whatever the device."""
     if c.replay != "none":
         route_shape(config)  # refuses what cannot replay
-    check_served(config, c.rollout_precision)
     context = config.get_text_config().max_position_embeddings
     if c.max_length > context:
         raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "
