@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import combinations
+from itertools import combinations, product
 
 from scaled.config import Config
 from scaled.facts import GPUS, OUTCOMES
@@ -73,14 +73,13 @@ def compare(plan: Seconds, whole: bool = False) -> list[dict]:
     """Replay, N and rollout precision: each other value, the rest as in the plan, which comes
     first; or, if whole, all of their combinations. As many updates in each. What the paper saw of
     the same choice is beside it: a cost alone is no return."""
-    c = plan.c
-    grid = [dict(replay=replay, mini_batches=n, rollout_precision=precision)
-            for replay in REPLAYS for n in MINI_BATCHES for precision in ROLLOUTS]
-    own = {name: getattr(c, name) for name in grid[0]}
+    c, values = plan.c, dict(replay=REPLAYS, mini_batches=MINI_BATCHES,
+                             rollout_precision=ROLLOUTS)
+    own = {name: getattr(c, name) for name in values}
+    others = [dict(zip(values, choice)) for choice in product(*values.values())] if whole else [
+        own | {name: value} for name in values for value in values[name]]
     rows = []
-    for choice in [own] + [other for other in grid if other != own]:
-        if not whole and sum(choice[name] != own[name] for name in own) > 1:
-            continue
+    for choice in [own] + [other for other in others if other != own]:
         n = choice["mini_batches"]
         try:
             other = varied(plan, choice | dict(updates=-(-c.updates // n) * n))

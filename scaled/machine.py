@@ -40,6 +40,7 @@ class Machine:
     link_efficiency: float = option(
         0.8, "share of a bandwidth between devices that is reached", low=0.001, high=1)
     step_ms: float = option(5.0, "of vLLM in each step, beside the GPU's work", low=0)
+    reduce_us: float = option(15.0, "of an all-reduce between GPUs of one engine", low=0)
     tensor_ms: float = option(0.3, "of a sync for each tensor of the checkpoint", low=0)
     reward_ms: float = option(5.0, "of the reward for each response", low=0)
     disk_gb_s: float = option(2.0, "that a node writes or reads of a checkpoint", low=0.001)

@@ -78,8 +78,8 @@ class Memory:
 
     @line("gradients in reduction", "layer")
     def reduction(x, moment):
-        """4 · P: fp32 input of the reduce-scatter of the layer before, kept until it is done. Without
-        gradient_checkpointing less what that layer had saved, and has freed."""
+        """4 · P: fp32 input of the reduce-scatter of the layer before, kept until it is done;
+        without gradient_checkpointing less what that layer had saved, and has freed."""
         freed = 0 if x.c.gradient_checkpointing else x.tokens * x.saved_by(x.s.layers[-1])
         return max(0, 4 * x.padded(x.s.widest.shapes) - freed)
 

@@ -186,16 +186,19 @@ def choice_table(plan) -> str:
 def assumptions(plan, rates) -> str:
     """What the numbers rest on."""
     m, (prompt, response) = plan.m, plan.memory.lengths
-    text = (f"Sizes by {plan.s.source}. Mean prompt {prompt:.4g}, response {response:.5g} tokens, "
-            f"{'measured' if rates else 'assumed'}.")
+    lengths = f"mean prompt {prompt:.4g}, response {response:.5g} tokens"
+    names = ["disk_gb_s", "engine_gib", "context_gib", "fragmentation", "process_gib"]
+    text = f"Sizes by {plan.s.source}."
     if rates:
-        text += f" Seconds of {rates.updates} updates of {ascii(m.metrics)[1:-1]}"
-        text += f", which had other {', '.join(rates.unlike)}." if rates.unlike else "."
-    names = ("train_efficiency", "rollout_efficiency", "link_efficiency", "step_ms", "tensor_ms",
-             "reward_ms", "disk_gb_s") if not rates else ("disk_gb_s",)
-    names += ("engine_gib", "context_gib", "fragmentation", "process_gib")
-    listed = ", ".join(f"{name} {getattr(m, name):g}" for name in names)
-    return textwrap.fill(f"{text} Assumed: {listed}.", 79)
+        unlike = f", which had other {', '.join(rates.unlike)}" if rates.unlike else ""
+        text += (f" Measured, in {rates.updates} updates of {ascii(m.metrics)[1:-1]}{unlike}: "
+                 f"seconds, {lengths}. Assumed: ")
+    else:
+        text += f" Assumed, not measured: {lengths}, "
+        names = ["train_efficiency", "rollout_efficiency", "link_efficiency", "step_ms",
+                 "reduce_us", "tensor_ms", "reward_ms"] + names
+    return textwrap.fill(text + ", ".join(f"{name} {getattr(m, name):g}" for name in names) + ".",
+                         79)
 
 
 def explain() -> str:

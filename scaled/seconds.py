@@ -86,8 +86,9 @@ class Seconds:
     # -------------------------------------------------------------------------------- sampling
     def step(t, running: float) -> float:
         """One token for each of `running` responses of an engine: the slower of reading weights
-        and cache and of multiplying, and step_ms. A layer reads E · (1 - (1 - A / E)^running) of
-        its experts, if tokens are spread evenly."""
+        and cache and of multiplying; with tensor_parallel two all-reduces a layer, reduce_us and
+        the bytes of D bf16 numbers a token over NVLink, twice; and step_ms. A layer reads
+        E · (1 - (1 - A / E)^running) of its experts, if tokens are spread evenly."""
         c, m, s, (p, r) = t.c, t.m, t.s, t.memory.lengths
         experts = count(s.experts)
         hit = 1 - (1 - s.top_k / s.n_experts) ** running
@@ -96,7 +97,9 @@ class Seconds:
         read += running * (p + r / 2) * s.cache_bytes
         work = running * t.forward_flops
         gpu = max(read / (m.facts.hbm_tb_s * 1e12), work / m.peak(c.rollout_precision))
-        return gpu / (c.tensor_parallel * m.rollout_efficiency) + m.step_ms / 1e3
+        reduced = 2 * 2 * running * s.width / (m.facts.nvlink_gb_s * 1e9 * m.link_efficiency)
+        between = 2 * len(s.layers) * (m.reduce_us / 1e6 + reduced) * (c.tensor_parallel > 1)
+        return gpu / (c.tensor_parallel * m.rollout_efficiency) + between + m.step_ms / 1e3
 
     def running(t, sequences: float) -> float:
         """Responses of an engine at once: vLLM's default of 1024, 256 on an A100 or below 70 GiB

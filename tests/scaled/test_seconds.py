@@ -68,7 +68,8 @@ def test_training_is_bound_by_the_slower_of_two():
 
 def test_a_step_reads_the_experts_that_some_token_is_sent_to():
     """The expected share of experts that are hit, over all choices of two tokens."""
-    plan = node(dict(step_ms=0.0))
+    silent = dict(step_ms=0.0, reduce_us=0.0, nvlink_gb_s=1e9)
+    plan = node(silent)
     E, A, b = 5, 2, 2
     small = replace(plan, s=replace(plan.s, n_experts=E, top_k=A))
     pairs = list(itertools.product(itertools.combinations(range(E), A), repeat=b))
@@ -78,8 +79,12 @@ def test_a_step_reads_the_experts_that_some_token_is_sent_to():
     matrices = sum(layer.matrices for layer in plan.s.layers)
     cache = b * (512 + 32768 / 6) * 98304
     assert small.step(b) == pytest.approx((read + 2 * rest - matrices + cache) / (4.8e12 * 2 * 0.5))
-    bound = node(dict(fp8_tflops=1.0, step_ms=7.0))  # by products instead
+    bound = node(silent | dict(fp8_tflops=1.0, step_ms=7.0))  # by products instead
     assert bound.step(3) == pytest.approx(3 * bound.forward_flops / (1e12 * 2 * 0.5) + 0.007)
+    # 96 all-reduces of b tokens of 2048 bf16 numbers, which pass each of two GPUs twice
+    reduces = 96 * (15e-6 + 2 * b * 2048 * 2 / (450e9 * 0.8))
+    assert node(dict(step_ms=0.0)).step(b) - plan.step(b) == pytest.approx(reduces, rel=1e-3)
+    assert node(dict(step_ms=0.0), tensor_parallel=1).step(b) == pytest.approx(2 * plan.step(b), rel=1e-3)
 
 
 def simulate(n, b, lengths):

@@ -76,6 +76,18 @@ def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
     assert sum(name.startswith("events.") for name in names) == 1 and len(names) == 5
 
 
+def test_a_plan_with_the_metrics_of_the_run_has_its_seconds(folder):
+    """Of the rollout batches after the first; prompts of 3 to 5 digits and "="."""
+    code, out, err = finish(start(folder, "scaled.plan", "--config", LAPTOP, "--gpus", 2, "--json", "--metrics",
+                                  "runs/whole/metrics.jsonl", ranks=0))
+    assert code == 0, err
+    numbers, rows = json.loads(out), metrics(folder, "whole")[4:]
+    for name in ("rollout", "reward", "old", "train", "sync"):
+        mean = sum(row[f"{name}_seconds"] for row in rows) / len(rows)
+        assert numbers["seconds"][name] == pytest.approx(mean)
+    assert 4 <= numbers["measured"]["mean_prompt"] <= 6 and numbers["measured"]["unlike"] == []
+
+
 def test_reward_rises(folder):
     reward = [row["reward"] for row in metrics(folder, "whole")]
     assert sum(reward[-8:]) / 8 > sum(reward[:8]) / 8 + 0.05
