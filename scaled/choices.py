@@ -7,7 +7,6 @@ from itertools import combinations, product
 from scaled.config import Config
 from scaled.facts import GPUS, OUTCOMES
 from scaled.machine import Machine
-from scaled.memory import Memory
 from scaled.seconds import Seconds
 
 OF_CONFIG = {f.name for f in fields(Config)}

@@ -202,12 +202,15 @@ def assumptions(plan, rates) -> str:
 
 
 def explain() -> str:
-    """Every line of the tables with its formula."""
+    """Moments and letters, and every line of the tables with its formula."""
+    from scaled import memory, seconds
     from scaled.memory import LINES
     from scaled.seconds import PHASES, Seconds
+
     parts = [(method.label, getdoc(method)) for method in LINES]
     parts += [(f"{name} seconds", getdoc(getattr(Seconds, name))) for name in PHASES]
-    return "\n\n".join(f"{label}\n    " + text.replace("\n", "\n    ") for label, text in parts)
+    return "\n\n".join([memory.__doc__.strip(), seconds.__doc__.strip()] + [
+        f"{label}\n    " + text.replace("\n", "\n    ") for label, text in parts])
 
 
 def main(argv: list[str] | None = None) -> int:

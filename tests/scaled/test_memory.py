@@ -11,7 +11,6 @@ from families import CONFIGS, build
 from test_sizes import PLANNED
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import nano_moe_rl as nano
@@ -24,7 +23,7 @@ from scaled.logprobs import head_logprobs
 from scaled.machine import Machine
 from scaled.memory import GIB, LINES, MOMENTS, TRAINER, Memory
 from scaled.policy import Policy, load_policy
-from scaled.sizes import count, measure, read_configuration
+from scaled.sizes import measure, read_configuration
 
 CONFIGURATIONS = Path(nano.__file__).parent / "scaled/configs"
 CPU = torch.device("cpu")

@@ -14,7 +14,6 @@ import nano_moe_rl as nano
 from scaled.config import read_config
 from scaled.facts import MODELS
 from scaled.machine import Machine
-from scaled.memory import GIB
 from scaled.rates import MEASURED, read_rates
 from scaled.seconds import CAPTURE, PHASES, Seconds
 from scaled.sizes import count, measure, read_configuration, shard
@@ -117,7 +116,8 @@ def test_how_many_run_at_once():
     assert plan.running(1e9) == pytest.approx(plan.memory.cached_tokens / mean)
     assert plan.running(3) == 3
     roomy = dict(mean_response=10.0, mean_prompt=10.0)
-    assert node(roomy).running(1e9) == 1024 and node(roomy | dict(gpu="a100"), rollout_precision="bf16").running(1e9) == 256
+    assert node(roomy).running(1e9) == 1024
+    assert node(roomy | dict(gpu="a100"), rollout_precision="bf16").running(1e9) == 256
 
 
 def test_other_phases_and_the_sum():
