@@ -115,7 +115,7 @@ class Dense(Policy):
     def forward(self, tokens):
         hidden = self.model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
         return head_logprobs(hidden, self.model.get_output_embeddings().weight, tokens[:, 1:], 1.0,
-                             self.logits_bytes)[0]
+                             self.logits_bytes)[0].clone()  # FSDP2 warns of views
 
 
 def tracked_pass(monkeypatch, config, c, world, T):
