@@ -233,16 +233,14 @@ class Model(nn.Module):
         (B, T, V), routing (B, T, L, A): the live choice, −1 on padding. With a cache (L, 2, B,
         kv_heads, positions, head_dim) tokens are all positions or the last one. ValueError if
         replay has not A different experts for each fed token and layer."""
-        c, (B, T), routing, routes = self.config, tokens.shape, [], [None] * self.config.layers
+        c, T, routing, routes = self.config, tokens.shape[1], [], [None] * self.config.layers
         fed = torch.ones_like(tokens, dtype=torch.bool) if fed is None else fed
         if replay is not None:
-            if replay.shape != (B, T, c.layers, c.top_k):
-                raise ValueError(f"replay has shape {tuple(replay.shape)}")
-            ids = replay[fed].sort(-1).values
+            ids = replay[fed].sort(-1).values  # (fed tokens, L, A)
             bad = (ids[..., 0] < 0) | (ids[..., -1] >= c.experts) | (ids.diff() == 0).any(-1)
-            if bad.any():
-                raise ValueError(f"replay lacks a valid route for {bad.sum()} of {bad.numel()} "
-                                 "(token, layer) pairs")
+            if bad.any() or ids.shape[1:] != (c.layers, c.top_k):
+                raise ValueError(f"replay of shape {tuple(replay.shape)} lacks a valid route for "
+                                 f"{bad.sum()} of {bad.numel()} (token, layer) pairs")
             routes = replay.long().unbind(2)
         start, cache = (0, [None] * c.layers) if cache is None else (cache.shape[-2] - T, cache)
         positions = torch.arange(start, start + T, device=DEVICE)[:, None, None]
@@ -414,30 +412,36 @@ def prepare_batch(model, batch: Rollout) -> Rollout:
     # one mini-batch at a time, as π_θ will be: in another shape rounding could flip an expert.
     parts = [policy(model, mini_batch) for mini_batch in batch.split(c.mini_batch)]
     logprobs, _, routing = (torch.cat(part) for part in zip(*parts))
-    return replace(batch, old_logprobs=logprobs,
-                   replay=routing if c.replay == "R2" else batch.replay)
+    batch = replace(batch, old_logprobs=logprobs)
+    return replace(batch, replay=routing) if c.replay == "R2" else batch
 
-def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
-    """One update from one mini-batch -> metrics, all of them from before the update.
-    FloatingPointError, weights kept, if loss or gradient is not finite."""
-    mask, mu = batch.mask, batch.rollout_logprobs
-    logprobs, entropies, routing = policy(model, batch)
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    loss, gate = loss_fn(logprobs, old, mu, batch.advantages, mask,
-                         n_sequences=len(mask), n_tokens=int(mask.sum()))
+def descend(model, optimizer, loss) -> Tensor:
+    """One step of the optimizer -> norm of the gradient before it is cut to 1. FloatingPointError,
+    weights kept, if loss or gradient is not finite."""
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not (loss.isfinite() and grad_norm.isfinite()):
         raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
     optimizer.step()
+    return grad_norm
+
+def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
+    """One update from one mini-batch -> metrics, all of them from before the update."""
+    mask, mu = batch.mask, batch.rollout_logprobs
+    logprobs, entropies, routing = policy(model, batch)
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    loss, gate = loss_fn(logprobs, old, mu, batch.advantages, mask,
+                         n_sequences=len(mask), n_tokens=int(mask.sum()))
     metrics = dict(
-        reward=batch.rewards.mean(), extreme_token_fraction=extreme_token_fraction(old, mu, mask),
+        grad_norm=descend(model, optimizer, loss), reward=batch.rewards.mean(),
         mismatch_kl=kl_k3(mu, old, mask), staleness_kl=kl_k3(old, logprobs, mask),
+        extreme_token_fraction=extreme_token_fraction(old, mu, mask),
         effective_sample_size=effective_sample_size(logprobs - mu, mask),
         routing_agreement=routing_agreement(routing, batch.routing, batch.fed),
         clip_fraction=1 - gate[mask].double().mean(), entropy=entropies[mask].mean(),
-        response_length=(batch.lengths - batch.prompt_lengths).double().mean(), grad_norm=grad_norm)
+        dropped_responses=1 - (gate & mask).any(1).double().mean(),  # no token has a gradient
+        response_length=(batch.lengths - batch.prompt_lengths).double().mean())
     return {name: value.tolist() for name, value in metrics.items()}
 
 def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
@@ -472,11 +476,7 @@ def cold_start(c: Config) -> Model:
     for step in tqdm(range(n), "cold start", disable=None, leave=False):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2.5 * (1 - step / n))
         batch = Rollout(*(x.to(DEVICE) for x in demonstrations(64, c, generator)))
-        loss = -policy(model, batch)[0][batch.mask].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, -policy(model, batch)[0][batch.mask].mean())
     return model
 
 def learn(model, optimizer, rows: list[dict], loss_fn=None, advantage_fn=group_advantages,

@@ -4,6 +4,7 @@ The grammar is ours because a text that it does not derive in full must have no 
 Parsers that skip what they do not know, or take the letters of a word for factors, make one formula
 of many texts."""
 import re
+from math import gcd
 from typing import NamedTuple
 
 import lark
@@ -60,7 +61,8 @@ END: /\\end\{[pb]?matrix\}/
 
 PARSER = lark.Lark(GRAMMAR, parser="lalr")
 ARITHMETIC = {"add", "subtract", "multiply", "divide", "power", "root", "either", "absolute"}
-NO_FACTORS = {"no", "yes", "not", "mod", "gcd", "lcm", "max", "min", "det", "lim", "deg", "the"}
+NO_FACTORS = {"no", "yes", "not", "mod", "gcd", "lcm", "max", "min", "det", "lim", "deg", "the",
+              "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "abs"}
 
 
 class Unknown(Exception):
@@ -99,10 +101,24 @@ def read(text: str) -> Formula:
         raise Unknown(str(error)) from error
     if any(leaf.has(sympy.nan, sympy.zoo, sympy.Dummy) for leaf in leaves(value)):
         raise Unknown("no value")
-    work = {node.data for node in tree.iter_subtrees()} & (
-        ARITHMETIC | {"factorial", "binomial", "floor", "ceiling", "logarithm"})
+    work = {operation(node) for node in tree.iter_subtrees()} & (ARITHMETIC | {
+        "factorial", "binomial", "floor", "ceiling", "logarithm", "fraction", "double negative"})
     return Formula(value, frozenset(work | set(tree.scan_values(
         lambda token: token.type in ("TRIG", "LOG")))))
+
+
+def operation(node: lark.Tree) -> str:
+    """A fraction of whole numbers in lowest terms is one that nobody has to work out; 6/8 is not,
+    nor is one half over two thirds."""
+    if node.data == "negative" and node.children[0].data == "negative":
+        return "double negative"
+    if node.data != "divide":
+        return node.data
+    parts = [part.children[0] if part.data == "negative" else part for part in node.children]
+    if not all(part.data == "number" and part.children[0].isdecimal() for part in parts):
+        return "divide"
+    top, bottom = (int(part.children[0]) for part in parts)
+    return "fraction" if bottom > 1 and gcd(top, bottom) == 1 else "divide"
 
 
 def leaves(value):
@@ -193,7 +209,7 @@ class Meaning(lark.Transformer):
     floor, ceiling = (lambda self, a: sympy.floor(a)), (lambda self, a: sympy.ceiling(a))
     degrees = lambda self, token: self.number(token) * sympy.pi / 180
     minus = lambda self, token: -self.number(token)
-    member = lambda self, symbol, group: group
+    member = lambda self, symbol, group: Many("∈", (self.symbol(symbol), group))
     matrix = lambda self, begin, *rows: Many("matrix", rows[:-1])
 
     def __default__(self, kind, parts, _):  # tuple, closed, left_open, right_open, union, row

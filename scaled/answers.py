@@ -38,6 +38,8 @@ class Answer(NamedTuple):
 
 
 # ------------------------------------------------------------------------- where an answer stands
+PREFIX = re.compile(r"((?<!-)[-−]|[0-9^_√]|\\(sqrt|frac)\s*\{?|\\frac\{[^{}]*\}\{)$")
+SUFFIX = re.compile(r"\s*\^|[0-9/_]|[-+*.,][0-9]")
 ANCHOR = re.compile(r"(?i:\banswer\b(?:\*\*)?(?: is| are|:|=)|\b(?:correct )?(?:option|choice) is)"
                     r"[ \t:*]*")
 
@@ -59,16 +61,18 @@ def final_answer(text: str, reference: bool = False) -> str:
 
 
 def last_box(text: str) -> str | None:
-    """What the last \\boxed{...} has: "" if it never closes, None if there is no box."""
-    starts = [found.end() for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
-    if not starts:
+    """What the last \\boxed{...} has: "" if it never closes, or is part of a larger formula as in
+    -\\boxed{3} or \\boxed{3}^2; None if there is no box."""
+    boxes = [found.span() for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
+    if not boxes:
         return None
-    start, depth = starts[-1], 1
+    (begin, start), depth = boxes[-1], 1
     for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:  # \boxed{3}^2 is no answer
-            raised = text[start + token.end():].lstrip().startswith("^")
-            return "" if raised else text[start:start + token.start()]
+        if depth == 0:
+            after = text[start + token.end():]
+            whole = not (PREFIX.search(text[max(0, begin - 99):begin]) or SUFFIX.match(after))
+            return text[start:start + token.start()] if whole else ""
     return ""
 
 

@@ -77,6 +77,12 @@ def take(rollout: Rollout, rows: list[int]) -> Rollout:
     return _cut(replace(rollout, **tensors), int(tensors["lengths"].max()))
 
 
+def responses(rollout: Rollout) -> list[list[int]]:
+    """The tokens of each response."""
+    return [row[start:end].tolist() for row, start, end in
+            zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
+
+
 def _cut(rollout: Rollout, longest: int) -> Rollout:
     columns = {"T": longest - 1, "T+1": longest}
     return replace(rollout, **{

@@ -85,7 +85,10 @@ def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version
     is all the state there is beside weights and optimiser: prompts, samples and the learning rate
     follow from it and the seed. OSError if it cannot be written: what was there before is still
     there, the attempt is not."""
+    fresh = not optimizer.state
     model, optim = get_state_dict(policy, optimizer)
+    if fresh:  # torch has made a step of length 0, which Adam would count as its first
+        optimizer.state.clear()
     target, rank = folder / f"update-{version:06}", dist.get_rank()
     aside = folder / f".{target.name}"
     if rank == 0:  # of an attempt that was cut short, perhaps with other ranks
@@ -164,24 +167,25 @@ def newest_whole(paths: list[Path]) -> tuple[Path, str]:
     raise ValueError("; ".join(damaged))
 
 
-def set_aside(folder: Path, version: int):
-    """Gives checkpoints of later updates, damaged ones, another name: they are not to be counted
-    among the newest, nor to be written over."""
+def set_aside(folder: Path, version: int, why: str = "damaged"):
+    """Gives checkpoints of later updates, such as damaged ones, another name: they are not to be
+    counted among the newest, nor to be written over."""
     for path in checkpoints(folder):
         if version_of(path) > version:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{why}-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
 
 
-def options(folder: Path) -> dict:
-    """The options of a run, from the newest checkpoint whose config.json is as it was written.
-    ValueError if there is none."""
+def options(folder: Path) -> tuple[dict, int]:
+    """The options of a run, from the newest checkpoint whose config.json is as it was written, and
+    its version. ValueError if there is none."""
     reasons = []
     for path in reversed(checkpoints(folder)):
         try:
-            if digest(path / OPTIONS) == read_digests(path)[OPTIONS]:
-                return json.loads((path / OPTIONS).read_text())
+            found = json.loads((path / OPTIONS).read_text())
+            if digest(path / OPTIONS) == read_digests(path)[OPTIONS] and isinstance(found, dict):
+                return found, version_of(path)
             reasons.append(f"{path.name}/{OPTIONS} is not as it was written")
         except (OSError, ValueError) as error:
             reasons.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
@@ -200,4 +204,6 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) ->
         raise ValueError(f"{path} cannot be loaded: {cause(error)}") from error
     set_state_dict(policy, optimizer or [], model_state_dict=state["model"],
                    optim_state_dict=state.get("optimizer", {}))
+    if optimizer and not state["version"]:  # as above
+        optimizer.state.clear()
     return state["version"]

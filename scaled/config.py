@@ -1,12 +1,16 @@
 """Every dial of a scaled run: a flat TOML file, and the command line made from the same fields."""
 
+import json
 import os
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from nano_moe_rl import check, check_options, option
+from scaled.rules import NAMES, window_of
+
+WATCH = ("log", "save", "stop", "back")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Config:
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
     clip_low: float = option(0.2, "how far π_θ/π_old may fall below 1", low=0, high=0.99)
     clip_high: float = option(0.27, "how far it may rise above 1", low=0)
+    objective: str = option("MiniRL", "GRPO, MIS, … (objectives.py), or module:function")
     importance_sampling: str = option("token", "in the loss", "token", "sequence", "staleness")
     length_norm: bool = option(False, "divide a response's loss by its length")
     # vLLM samples at .01 whatever is below, and refuses what is above 2
@@ -79,6 +84,12 @@ class Config:
     eval_top_p: float = option(
         1.0, "nucleus of evaluation; training always samples from all", low=0.01, high=1)
 
+    # what watches over the metrics: scaled/rules.py
+    watch: str = option("log", "what is done when a rule begins to hold", *WATCH)
+    watch_rules: str = option("", "rules that do so, a,b,c; left out, all; the others only log")
+    watch_change: str = option("none", "of going back", "none", "R3", "N/2", "lr/2")
+    watch_times: int = option(1, "how often watch may save or go back; counts down", low=0)
+
     def __post_init__(c):
         check_options(c)
         for name, fine, remedy in (
@@ -88,6 +99,10 @@ class Config:
                 ("token_budget", c.token_budget >= c.max_length,
                  f"{c.max_length} or more, a whole row")):
             check(c, name, bool(fine), remedy)
+        if c.watch == "back" and c.watch_times:
+            check_way_back(c)
+        for name in filter(None, c.watch_rules.split(",")):
+            check(c, "watch_rules", name in NAMES, f"some of {', '.join(NAMES)}")
         if c.name:  # a configuration can do without one, a run cannot
             check_name(c.name)
 
@@ -95,9 +110,12 @@ class Config:
     free = frozenset((
         "updates", "checkpoint_every", "keep", "tensorboard", "reward_seconds", "token_budget",
         "logits_mib", "gradient_checkpointing", "cpu_offload", "gpu_memory", "check_sync",
-        "check_sync_every", "eval_every"))
+        "check_sync_every", "eval_every", "watch", "watch_rules", "watch_change", "watch_times"))
 
     max_length = property(lambda c: c.max_prompt + c.max_response)
+
+    def acts_on(c, rule: str) -> bool:
+        return not c.watch_rules or rule in c.watch_rules.split(",")
 
     def check_processes(c, world_size: int):
         """ValueError if the batch cannot be shared out over this many processes."""
@@ -111,6 +129,32 @@ class Config:
                 ("group_size", c.prompts * c.group_size % world_size == 0,
                  f"{share}one that makes prompts x group_size a multiple of {world_size}")):
             check(c, name, bool(fine), remedy)
+
+
+def check_way_back(c: Config):
+    """ValueError if the change that is stated cannot be made so often, or if no checkpoint would be
+    left from before what a rule has seen."""
+    times, scored = c.watch_times, c.eval_every if c.eval_data else 0
+    seen = max(2 * window_of(c.mini_batches), scored)  # updates
+    for name, fine, remedy in (
+            ("watch_change", c.watch_change != "none",
+             "R3 or N/2 or lr/2: without a change the same happens again"),
+            ("watch_change", c.watch_change != "R3" or c.replay != "R3",
+             "N/2 or lr/2: the run replays R3 already"),
+            ("watch_times", c.watch_change != "R3" or times == 1, "1: R3 can be changed to once"),
+            ("watch_change", c.watch_change != "N/2" or c.mini_batches % 2 ** min(times, 60) == 0,
+             f"R3 or lr/2: --mini-batches {c.mini_batches} cannot be halved {times} x"),
+            ("watch_change", c.watch_change != "lr/2" or c.lr / 2 ** min(times, 60) >= 1e-12,
+             f"R3 or N/2: --lr {c.lr} cannot be halved {times} x"),
+            ("keep", (c.keep - 1) * c.checkpoint_every >= seen,
+             f"more, or a --checkpoint-every above {c.checkpoint_every}: together less than the "
+             f"{seen} updates that a rule looks back on")):
+        check(c, name, fine, remedy)
+
+
+def options_text(c: Config) -> str:
+    """What config.json has."""
+    return json.dumps(asdict(c), indent=2)
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 'text in quotes'}

@@ -120,8 +120,8 @@ def reference(id: str, cell) -> str:
     if not isinstance(cell, (int, Decimal)) or isinstance(cell, bool):
         raise ValueError(f"the answer of prompt {id} is {kind(cell)}; give text or a number")
     if isinstance(cell, Decimal) and not (cell.is_finite() and abs(cell.adjusted()) < 400):
-        raise ValueError(f"the answer of prompt {id} is {cell}, no number that can be written out; "
-                         "give it as text")
+        raise ValueError(f"the answer of prompt {id} is {str(cell):.40}, no number that can be "
+                         "written out; give it as text")
     text = str(cell) if isinstance(cell, int) else f"{cell:f}"
     return (text.rstrip("0").rstrip(".") or "0") if "." in text else text
 

@@ -3,6 +3,7 @@
 An engine samples for one copy of the policy. It is made from the checkpoint's folder, whose weights
 are version 0, and is then at the version of the last load_weights."""
 from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +13,18 @@ from nano_moe_rl import Rollout
 
 class EngineError(RuntimeError):
     """The engine failed, or breaks its contract. What a user got wrong is a ValueError instead."""
+
+
+@contextmanager
+def engine_called(engine: str, when: str):
+    """What the libraries of an engine raise, also their ValueErrors, is a failure of the engine."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise EngineError(f"{engine} failed {when}: {type(error).__name__}: {line}") from error
 
 
 class RolloutEngine(Protocol):

@@ -11,12 +11,15 @@ RELATIONS = set("=<>≤≥≠")
 
 def carried_out(response: Formula, reference: Formula) -> bool:
     """Whether the response leaves nothing to do that the reference has done: 17*3 and 12/4 restate
-    a question. Where the reference is no rational number arithmetic may be written in other ways,
-    but a sine stays a question unless the reference has one."""
-    kinds = [leaf.is_Integer or leaf.is_infinite or leaf.is_Rational and "fraction"
-             for leaf in leaves(reference.value)]
-    free = ARITHMETIC if not all(kinds) else {"divide"} if "fraction" in kinds else set()
-    return response.work <= reference.work | free
+    a question, and so does 2x = 6 where the reference is x = 3. Where the reference is no rational
+    number arithmetic may be written in other ways, but a sine stays a question unless the reference
+    has one."""
+    if True in map(is_solved, relations(reference.value)) and not all(
+            map(is_solved, relations(response.value))):
+        return False
+    plain = all(leaf.is_Rational or leaf.is_infinite or leaf.is_Symbol
+                for leaf in leaves(reference.value))
+    return response.work <= reference.work | {"fraction"} | (set() if plain else ARITHMETIC)
 
 
 def same(a, b) -> bool:
@@ -28,6 +31,18 @@ def same(a, b) -> bool:
 
 def is_relation(value) -> bool:
     return isinstance(value, Many) and set(value.kind) <= RELATIONS
+
+
+def relations(value) -> list[Many]:
+    if is_relation(value) or not isinstance(value, Many):
+        return [value] if isinstance(value, Many) else []
+    return [relation for part in value.parts for relation in relations(part)]
+
+
+def is_solved(relation: Many) -> bool:
+    """x = 3 and 1 < x < 3, but not 2x = 6: a symbol by itself, and numbers."""
+    names = [part for part in relation.parts if part.free_symbols]
+    return len(names) == 1 and names[0].is_Symbol
 
 
 def identical(a, b) -> bool:
@@ -52,11 +67,12 @@ def identical(a, b) -> bool:
 
 
 def is_named(value) -> bool:
-    """x = 3, which only names the value, or several for one name."""
+    """x = 3 or x ∈ [0, 3], which only name the value, or several for one name."""
     if isinstance(value, Many) and value.kind == "set":
         return all(map(is_named, value.parts)) and len({part.parts[0] for part in value.parts}) == 1
-    return (isinstance(value, Many) and value.kind == "=" and value.parts[0].is_Symbol
-            and value.parts[0] not in value.parts[1].free_symbols)
+    return isinstance(value, Many) and (value.kind == "∈" or (
+        value.kind == "=" and value.parts[0].is_Symbol
+        and value.parts[0] not in value.parts[1].free_symbols))
 
 
 def unnamed(value):

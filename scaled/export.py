@@ -77,6 +77,19 @@ def export_cold_start(folder: Path, seed: int):
     aside.rename(folder)
 
 
+def read_nano(path: str | Path) -> tuple[nano.Model, int]:
+    """The policy in a checkpoint.pt of nano_moe_rl.py, and the updates that it has seen. ValueError
+    for another file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = nano.Model(nano.Config(**state["config"]))
+        model.load_state_dict(state["model"])
+        return model, state["rows"][-1]["update"]
+    except Exception as error:  # some texts of torch give advice that would execute the file
+        raise ValueError(f"{path} is no checkpoint of nano_moe_rl.py "
+                         f"({type(error).__name__})") from error
+
+
 def find_checkpoints(source: str) -> list[Path]:
     """What runs/NAME, runs/NAME@40 or runs/NAME/update-000040 stands for, oldest first. ValueError
     if there is none."""
@@ -133,12 +146,9 @@ def main(argv: list[str]) -> int:
     if os.path.isfile(source):
         if RANK == 0:
             try:
-                state = torch.load(source, map_location="cpu", weights_only=True)
-                model = nano.Model(nano.Config(**state["config"]))
-                model.load_state_dict(state["model"])
-                updates = state["rows"][-1]["update"]
-            except Exception as error:
-                refuse(f"{source} is no checkpoint of nano_moe_rl.py: {error}")
+                model, updates = read_nano(source)
+            except ValueError as error:
+                refuse(str(error))
             export_nano(model, folder)
             print(f"{folder} has the policy after {updates} updates")
         return 0

@@ -99,7 +99,3 @@ def routers(model: nn.Module) -> dict[int, nn.Module]:
 def logits_scale(config) -> float:
     """What the head's products are multiplied with: Granite divides its logits."""
     return 1 / getattr(config, "logits_scaling", 1.0)
-
-def stays_fp32(model: nn.Module, name: str) -> bool:
-    """Whether a family computes with this weight in fp32 also in bf16, as ERNIE's routers."""
-    return any(re.search(pattern, name) for pattern in model._keep_in_fp32_modules_strict)

@@ -1,6 +1,7 @@
 """runs/NAME: one run at a time, files that are whole or not there, and what a run resumes with."""
 
 import fcntl
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import fields
@@ -9,7 +10,8 @@ from pathlib import Path
 from scaled import checkpoint
 from scaled.config import Config, check_name
 
-LOCK = ".lock"
+LOCK, EVENTS = ".lock", "events.jsonl"
+CHANGES = ("replay", "mini_batches", "lr", "watch_times")  # what going back can have changed
 
 
 def write_aside(path: Path, text: str):
@@ -18,6 +20,11 @@ def write_aside(path: Path, text: str):
     with naming(path):
         aside.write_text(text)
         os.replace(aside, path)
+
+
+def append(path: Path, text: str):
+    with naming(path), open(path, "a") as file:
+        file.write(text)
 
 
 @contextmanager
@@ -80,11 +87,33 @@ def resumed_config(name: str, given: dict) -> Config:
     ValueError for others, and without a checkpoint."""
     folder = Path("runs", check_name(name))
     check_folder(folder, resume=True)
-    saved, known = checkpoint.options(folder), {f.name for f in fields(Config)}
-    if saved.keys() != known:
+    saved, version = checkpoint.options(folder)
+    saved |= changes(folder, version)
+    known = {f.name: f.type for f in fields(Config)}
+    if saved.keys() != known.keys():
         raise ValueError(f"--resume {name}: its options are not those of this version: "
-                         f"{', '.join(sorted(saved.keys() ^ known))}")
+                         f"{', '.join(sorted(saved.keys() ^ known.keys())):.200}")
+    if wrong := sorted(key for key in known if type(saved[key]) is not known[key]):
+        raise ValueError(f"--resume {name}: its options are damaged: {wrong[0]} = "
+                         f"{saved[wrong[0]]!r:.40} is no {known[wrong[0]].__name__}")
     if fixed := sorted(key for key in given.keys() - Config.free if given[key] != saved[key]):
         raise ValueError(f"--resume {name}: {', '.join(fixed)} cannot change; what can: "
                          f"{', '.join(sorted(Config.free))}")
     return Config(**saved | given | {"name": name})
+
+
+def changes(folder: Path, version: int) -> dict:
+    """Options that a run changed when it went back, and that its checkpoint of this version does
+    not have yet. ValueError if events.jsonl cannot be read."""
+    found, path = {}, folder / EVENTS
+    kinds = {f.name: f.type for f in fields(Config) if f.name in CHANGES}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+            if row.get("act") == "back" and row["to"] >= version:
+                found |= row["change"]
+            assert all(type(value) is kinds[name] for name, value in found.items())
+        except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError):
+            raise ValueError(f"--resume {folder.name}: {path}: line {number} is no event; remove "
+                             "that line") from None
+    return found

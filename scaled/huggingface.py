@@ -25,10 +25,17 @@ from transformers.core_model_loading import (
     revert_weight_conversion)
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from scaled.families import stays_fp32
-
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5e9  # of one file that save_pretrained writes, and of what rank 0 holds for it
+
+def stays_fp32(model: PreTrainedModel, name: str) -> bool:
+    """Whether a family computes with this weight in fp32 also in bf16, as ERNIE's routers."""
+    return any(re.search(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
+
+def set_experts(model: PreTrainedModel, implementation: str):
+    """How the experts' products are computed, where a family leaves a choice."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(implementation)
 
 def tensor_files(folder: Path) -> dict[str, str]:
     """Name of every tensor -> its file. ValueError if there are no safetensors."""

@@ -16,7 +16,7 @@ PERCENT = unit_name("%")
 
 
 def verdict(reference: str, text: str | None) -> str:
-    """right, wrong or error, in a worker. None is the reference itself, in a box."""
+    """In a worker: right, wrong or error. None is the reference itself, in a box."""
     limit_memory()
     if text is None:
         text = f"\\boxed{{{final_answer(reference, True)}}}"
@@ -26,15 +26,34 @@ def verdict(reference: str, text: str | None) -> str:
         return "error"
 
 
+def extract(text: str) -> str | None:
+    """In a worker: the final answer as it stands, None for none."""
+    limit_memory()
+    found = final_answer(text).strip()
+    return found if len(found) <= LONGEST and normal(found).text else None
+
+
+def alike(a: str, b: str) -> bool:
+    """In a worker: whether each answers a question whose reference is the other. 51 answers 17*3,
+    but 17*3 does not answer 51."""
+    limit_memory()
+    a, b = normal(a), normal(b)
+    return same_answer(a, b) and same_answer(b, a)
+
+
 @lru_cache
 def limit_memory():
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def right(reference: str, text: str) -> bool:
-    """Whether the final answer of `text` is the reference: the same text in the normal spelling,
-    the same choice, or the same formula, with nothing left to do."""
-    gold, given = answer_of(reference, True), normal(final_answer(text)[:LONGEST + 1])
+    """Whether the final answer of `text` is the reference."""
+    return same_answer(answer_of(reference, True), normal(final_answer(text)[:LONGEST + 1]))
+
+
+def same_answer(gold: Answer, given: Answer) -> bool:
+    """Whether one answers what the other does: the same text in the normal spelling, the same
+    choice, or the same formula, with nothing left to do."""
     if not any(c.isalnum() or c in "∞∅" for c in gold.text) or len(gold.text) > LONGEST:
         return False  # no answer at all
     if not given.text or len(given.text) > LONGEST:
@@ -100,7 +119,7 @@ def right_percent(gold: Answer, given: Answer) -> bool:
     if gold.unit and given.unit:
         return False  # percent and dollars
     formulas = [meaning(gold.text), meaning(given.text)]
-    if not all(f and f.work <= {"divide"} and getattr(f.value, "is_Rational", False)
+    if not all(f and f.work <= {"fraction"} and getattr(f.value, "is_Rational", False)
                for f in formulas):
         return False
     a, b = (f.value for f in formulas)

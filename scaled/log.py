@@ -8,7 +8,7 @@ from statistics import mean
 from tqdm import tqdm
 
 from scaled import checkpoint
-from scaled.folder import naming, write_aside
+from scaled.folder import append, write_aside
 
 HEADER = "update score reward entropy KL(μ‖π) staleness clipped agreed rollout train sync"
 ROW = ("{update:6} {score:>5} {reward:6.3f} {entropy:7.3f} {mismatch_kl:7.1e} {staleness_kl:9.1e} "
@@ -33,13 +33,24 @@ class Log:
 
     def __init__(self, folder: Path, bar: tqdm, lines: str, tensorboard: bool, silent: bool):
         self.folder, self.bar, self.silent, self.writer = folder, bar, silent, None
-        self.path, self.lines = folder / checkpoint.ROWS, lines
-        if silent:
+        self.path, self.lines, self.tensorboard = folder / checkpoint.ROWS, "", tensorboard
+        self.rewind(lines)
+
+    def rewind(self, lines: str, rest: str = ""):
+        """The rows are these, what comes next follows them. The lines that go, and of which these
+        are the beginning, are put into a file of the name `rest`, if one is given."""
+        if self.silent:
             return
+        if rest:
+            write_aside(self.folder / rest, self.lines.removeprefix(lines))
+        self.lines = lines
         write_aside(self.path, lines)
-        if tensorboard:
+        self.bar.n = len(lines.splitlines())
+        if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(folder, purge_step=len(lines.splitlines()) + 1)
+            if self.writer:
+                self.writer.close()
+            self.writer = SummaryWriter(self.folder, purge_step=len(lines.splitlines()) + 1)
 
     def begin(self, version: int, score: float | None):
         if not self.silent:
@@ -52,8 +63,7 @@ class Log:
         new = "".join(json.dumps(row) + "\n" for row in rows)
         self.lines += new
         if self.path.exists():
-            with naming(self.path), open(self.path, "a") as file:
-                file.write(new)
+            append(self.path, new)
         else:  # somebody removed it
             write_aside(self.path, self.lines)
         for row in rows:
@@ -64,6 +74,10 @@ class Log:
                 self.writer.add_scalar(name, value, row["update"])
         if self.writer:
             self.writer.flush()  # a run can end without a chance to
+
+    def say(self, line: str):
+        if not self.silent:
+            self.bar.write(line)
 
     def close(self):
         self.bar.close()

@@ -1,5 +1,6 @@
 """Sums and counts of a mini-batch, so that a mean over ranks is no mean of means; time; memory."""
 
+import math
 import resource
 import time
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_moe_rl import DEVICE, Rollout, extreme_token_fraction, kl_k3, routing_agreement
+from nano_moe_rl import (
+    DEVICE, Rollout, extreme_token_fraction, importance_weights, kl_k3, routing_agreement)
 
 
 class Sums:
@@ -30,7 +32,8 @@ class Sums:
         self.counted.add(name)
         self.add(name, number, 1)
 
-    def add_pass(self, part: Rollout, logprobs, old_logprobs, entropies, routing, gate):
+    def add_pass(self, part: Rollout, logprobs, old_logprobs, entropies, routing, gate,
+                 importance_sampling: str = "token"):
         """What one training forward says, before its update: the metrics of nano_moe_rl."""
         mask, mu = part.mask, part.rollout_logprobs
         tokens, fed, rows = int(mask.sum()), int(part.fed.sum()), len(mask)
@@ -42,6 +45,9 @@ class Sums:
         self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
         self.add("extreme_token_fraction", extreme_token_fraction(old_logprobs, mu, mask), tokens)
         self.add("clip_fraction", 1 - gate[mask].double().mean(), tokens)
+        self.add("dropped_responses", 1 - (gate & mask).any(1).double().mean(), rows)
+        self.add("weight_truncated_fraction", weight_truncated_fraction(
+            logprobs, old_logprobs, mu, mask, importance_sampling), tokens)
         if routing is not None:
             self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
         self.add("weight", weights.mean(), tokens)  # these two make the effective sample size
@@ -64,19 +70,40 @@ class Sums:
             for name, x in means.items()}
 
 
-def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_counts: dict) -> dict:
+def weight_truncated_fraction(logprobs, old_logprobs, rollout_logprobs, mask, kind: str) -> Tensor:
+    """Share of masked tokens whose importance weight is that of a cap, (). All (B, T); kind as in
+    importance_weights, which knows the caps."""
+    tensors = logprobs, old_logprobs, rollout_logprobs, mask, kind
+    free = importance_weights(*tensors, token_cap=math.inf, sequence_cap=math.inf)
+    return (importance_weights(*tensors) < free)[mask].double().mean()
+
+
+def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """Whether all rewards of a group are equal, and its advantages 0: (B,) -> bool (P,)."""
+    groups = rewards.view(-1, group_size)
+    return (groups == groups[:, :1]).all(1)
+
+
+def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_counts: dict,
+                  equal: Tensor) -> dict:
     """Of a rollout batch, of which every rank has its rows, whatever is trained on it. `ends` are
-    the tokens that end a response; reward_counts: what the reward counted on this rank, by name."""
+    the tokens that end a response; reward_counts: what the reward counted on this rank, by name;
+    equal (P,): of the groups of this rank's engine, as equal_groups says."""
     sums, rows = Sums(), len(batch.tokens)
-    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
-    cut = (batch.lengths - batch.prompt_lengths == max_response) & ~torch.isin(
-        last, torch.tensor(ends))
-    sums.add("truncation_rate", cut.double().mean(), rows)
+    sums.add("truncation_rate", truncated(batch, max_response, ends).double().mean(), rows)
+    sums.add("equal_groups", equal.double().mean(), len(equal))
     sums.count("tokens", int(batch.lengths.sum()))
     sums.count("missing_routes", missing_routes(batch))
     for name, number in reward_counts.items():
         sums.count(f"reward_{name}", number)
     return sums.over_ranks()
+
+
+def truncated(batch: Rollout, max_response: int, ends: list[int]) -> Tensor:
+    """Whether responses (B,) were cut off: none of the tokens that end one came in time."""
+    last = batch.tokens.gather(1, batch.lengths[:, None] - 1)[:, 0]
+    return (batch.lengths - batch.prompt_lengths == max_response) & ~torch.isin(
+        last, torch.tensor(ends))
 
 
 def missing_routes(rollout: Rollout) -> int:

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from scaled.families import logits_scale, stays_fp32
-from scaled.huggingface import read_weights, reset_buffers, tensor_files
+from scaled.engine import engine_called
+from scaled.families import logits_scale
+from scaled.huggingface import (
+    read_weights, reset_buffers, set_experts, stays_fp32, tensor_files)
 from scaled.logprobs import head_logprobs
 
 class Policy(nn.Module):
@@ -28,10 +30,11 @@ class Policy(nn.Module):
         self.model, self.logits_bytes = model, logits_bytes
         self.saved_dtype = torch.float32  # what save_pretrained writes
 
-    def forward(self, tokens: Tensor, fed: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, fed: Tensor, temperature: float,
+                head: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, T + 1), fed (B, T) bool, True where a token is fed, padding on the right ->
-        logprobs (B, T) of token t + 1, entropies (B, T), fp32; both are 0 on padding.
-        ValueError if padding is not on the right."""
+        logprobs (B, T) of token t + 1, entropies (B, T), fp32; both are 0 on padding. head (V, D):
+        a weight in place of the output head's. ValueError if padding is not on the right."""
         # No attention mask: no token looks to its right, where the padding is, and without one
         # attention needs no (T, T) tensor (but where it is eager, as gpt-oss's can be). So padding
         # anywhere else is refused.
@@ -39,10 +42,11 @@ class Policy(nn.Module):
             raise ValueError("fed: padding has to be on the right of every row")
         hidden = self.model.base_model(  # padding may hold any id, also one that has no embedding
             input_ids=tokens[:, :-1].masked_fill(~fed, 0), use_cache=False).last_hidden_state
-        head = self.model.get_output_embeddings()
+        output = self.model.get_output_embeddings()
+        weight = output.weight if head is None else head.to(output.weight)
         logprobs, entropies = head_logprobs(
-            hidden[fed][None], head.weight, tokens[:, 1:][fed][None], temperature,
-            self.logits_bytes, logits_scale(self.model.config), head.bias)
+            hidden[fed][None], weight, tokens[:, 1:][fed][None], temperature,
+            self.logits_bytes, logits_scale(self.model.config), output.bias)
         blank = torch.zeros(fed.shape, device=fed.device)
         return blank.masked_scatter(fed, logprobs), blank.masked_scatter(fed, entropies)
 
@@ -55,7 +59,8 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
     precision: fp32, or bf16 products and activations. experts: transformers'
     experts_implementation. The policy is in eval mode and stays so: π has no dropout.
     ValueError for a folder that is missing, incomplete, quantised or not MoE, for missing,
-    left-over or misshapen weights, and for another precision."""
+    left-over or misshapen weights, and for another precision; EngineError for what transformers or
+    FSDP raise after that."""
     folder, device = Path(folder), torch.device(device)
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision {precision!r}: give bf16 or fp32")
@@ -71,14 +76,14 @@ def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
                                                  trust_remote_code=trust_remote_code)
     if not any(".experts." in name for name, _ in model.named_parameters()):
         raise ValueError(f"{folder} is no Mixture of Experts: model_type {config.model_type!r}")
-    if model._can_set_experts_implementation():  # other classes have a single one
-        model.set_experts_implementation(experts)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     policy = Policy(model.eval(), logits_bytes)
     policy.saved_dtype = saved_dtype
-    _shard(policy, precision, gradient_checkpointing, cpu_offload, device)
-    _materialise(policy, cpu_offload, device)
+    with engine_called("the training engine", "at its start"):
+        set_experts(model, experts)
+        _shard(policy, precision, gradient_checkpointing, cpu_offload, device)
+        _materialise(policy, cpu_offload, device)
     with ExitStack() as stack:
         read_weights(model, folder, files, stack)
     return policy

@@ -23,11 +23,17 @@ POLL = 0.5  # seconds between two looks at whether another rank has failed, and 
 SILENCE, LOST = 12.0, 600.0
 
 
+def one_line(message: str) -> str:
+    """With what a terminal would obey escaped: names and texts of files can be anything."""
+    line = " ".join(message.split())[:1000]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def refuse(message: str):
     """Ends this process with code 2. For what all ranks find out by themselves, before they form a
     group: rank 0 says it in one line, the others wait until torchrun ends them."""
     if RANK == 0:
-        print(f"scaled: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"scaled: {one_line(message)}", file=sys.stderr, flush=True)
     else:
         time.sleep(10)
     sys.exit(2)
@@ -122,7 +128,7 @@ class Ranks:
 
     def _announce(self, failure: str):
         """A code and a line: how all ranks end, unless another was first."""
-        self.store.compare_set("failure", "", " ".join(failure.split()))
+        self.store.compare_set("failure", "", one_line(failure))
 
     def _say(self, message: str):
         print(f"\nscaled: {message.strip()}", file=sys.stderr, flush=True)

@@ -34,25 +34,6 @@ def load_reward(name: str, seconds: float = 600.0) -> Score:
     return reward
 
 
-def check_reward(reward: Score, prompts: list[Prompt]):
-    """ValueError for the first prompt that the reward cannot judge. One's own function is tried on
-    the first 8 prompts, with empty responses."""
-    if reward is running_sum:
-        reward(prompts, [""] * len(prompts), [[0]] * len(prompts))
-    elif isinstance(reward, Own):
-        try:
-            grade(reward, prompts[:8], [""] * len(prompts[:8]), [[0]] * len(prompts[:8]))
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-    else:
-        boxes = [f"\\boxed{{{require_reference(prompt)}}}" for prompt in prompts]
-        judge = reward.judge_references if isinstance(reward, Math) else exact_match
-        for prompt, right in zip(prompts, judge(prompts, boxes, [[]] * len(prompts))):
-            if right != 1:
-                raise ValueError(f"the reference {prompt.answer!r:.200} of prompt {prompt.id} in a "
-                                 "box would not get reward 1: correct it, or remove the row")
-
-
 def grade(reward: Score, prompts: list[Prompt], texts: list[str],
           tokens: list[list[int]]) -> list[float]:
     """Rewards of B responses to B prompts (a group repeats its prompt). A reward function returns
@@ -192,7 +173,10 @@ class Own:
                  tokens: list[list[int]]) -> list[float]:
         """RuntimeError if the function raises, returns no rewards, hangs or ends its process."""
         asked = [(prompt.id, prompt.tokens, prompt.answer) for prompt in prompts]
-        first = f" for {len(prompts)} responses, the first to prompt {asked[0][0]}" if asked else ""
+        first = f" for {len(asked)} responses, the first to prompt {asked[0][0]}" if asked else ""
+        if self.worker and self.worker.process.poll() is not None:  # died while it was idle
+            self.worker.close()
+            self.worker = None
         try:
             self.worker = self.worker or Worker("scaled.rewards:call_own", self.__name__,
                                                 seconds=self.seconds)

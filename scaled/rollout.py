@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout
 from scaled.data import end_tokens
-from scaled.engine import EngineError
+from scaled.engine import EngineError, engine_called
 from scaled.families import knows, moe_layers, route_shape
 from scaled.huggingface import published_names
 from scaled.quantisation import quantisation
@@ -63,10 +63,11 @@ class Engine:
 
     def __init__(self, folder: str, *, precision: str, tensor_parallel: int, max_length: int,
                  temperature: float, seed: int, gpu_memory: float = 0.5,
-                 trust_remote_code: bool = False, **vllm_options):
+                 trust_remote_code: bool = False, routes: bool = True, **vllm_options):
         """folder: a Hugging Face checkpoint, policy version 0. precision: bf16, fp32, fp8 or int8.
         max_length: tokens of prompt and response. gpu_memory: share of the device for weights and
-        KV cache. vllm_options go over ours. ValueError if the family, the device, the shapes or the
+        KV cache. routes: False for evaluation: a long rollout has gigabytes of them.
+        vllm_options go over ours. ValueError if the family, the device, the shapes or the
         installed vLLM do not permit it, before anything is loaded."""
         self.vllm_version = check_vllm()
         set_environment()
@@ -80,7 +81,7 @@ class Engine:
         check_served(config, precision)
         options = quantisation(precision, text, tensor_parallel)
         self.contract = None  # of a family whose routes nobody could read
-        if knows(config):
+        if routes and knows(config):
             _, A, E = route_shape(config)
             self.contract = dict(layers=moe_layers(config), top_k=A, n_experts=E,
                                  n_hidden_layers=text.num_hidden_layers)
@@ -234,14 +235,7 @@ class Engine:
 
 @contextmanager
 def vllm_called(when: str):
-    """What vLLM raises, also its ValueErrors, is a failure of the engine. It draws from and seeds
-    torch's global generators; the trainer's stay as they were."""
+    """vLLM draws from and seeds torch's global generators; the trainer's stay as they were."""
     devices = [torch.cuda.current_device()] if DEVICE == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    except EngineError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())
-        raise EngineError(f"vllm {VLLM} failed {when}: {type(error).__name__}: {line}") from error
+    with engine_called(f"vllm {VLLM}", when), torch.random.fork_rng(devices):
+        yield

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from nano_moe_rl import DEVICE, Rollout, adamw
 from scaled import checkpoint
-from scaled.batches import prompts_of_engine
+from scaled.batches import prompts_of_engine, responses
 from scaled.checks import read_material
 from scaled.config import Config
 from scaled.data import PromptOrder
@@ -19,28 +20,26 @@ from scaled.huggingface import named_weights
 from scaled.metrics import Phases, Sums
 from scaled.policy import Policy, load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
-from scaled.replay import routed
 from scaled.rewards import grade, take_counts
 from scaled.rollout import Engine
 from scaled.sync import SyncCheck
-from scaled.trainer import move
+from scaled.trainer import logprobs_of, move
 
 
-def make_engine(c: Config) -> Engine:
+def make_engine(c: Config, routes: bool = True) -> Engine:
     """Needs a process group, and on a GPU that nothing else has memory yet: vLLM takes a share."""
     return Engine(
         c.checkpoint, precision=c.rollout_precision, tensor_parallel=c.tensor_parallel,
         max_length=c.max_length, temperature=c.temperature, seed=c.seed,
-        gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code)
+        gpu_memory=c.gpu_memory, trust_remote_code=c.trust_remote_code, routes=routes)
 
 
-def make_trainer(c: Config) -> tuple[Policy, torch.optim.Optimizer]:
+def make_policy(c: Config) -> Policy:
     """Needs a process group, and on a GPU an engine that sleeps."""
-    policy = load_policy(
+    return load_policy(
         c.checkpoint, precision=c.train_precision, logits_bytes=c.logits_mib * 2**20,
         gradient_checkpointing=c.gradient_checkpointing, cpu_offload=c.cpu_offload, device=DEVICE,
         trust_remote_code=c.trust_remote_code)
-    return policy, adamw(policy, c.lr, c.weight_decay)
 
 
 class Run:
@@ -64,14 +63,20 @@ class Run:
                 print(f"scaled: {line}", file=sys.stderr, flush=True)
             if checkpoint.version_of(newest) >= c.updates:
                 raise ValueError(f"--updates {c.updates}: {newest} has them already; give more")
-        if c.nano_cold_start:
-            if RANK == 0:
+
+        def cold_start():
+            if c.nano_cold_start and RANK == 0:
                 export_cold_start(Path(c.checkpoint), c.seed)
             dist.barrier()
-        material = read_material(c)
+        material = read_material(c, cold_start)
         self.tokenizer, self.reward = material.tokenizer, material.reward
         self.prompts, self.held_out = material.prompts, material.held_out
+        self.advantages = material.objective.advantages
+        self.loss_fn = partial(material.objective.loss, **material.objective.options(c))
         self.order = PromptOrder(len(self.prompts), c.seed)
+        if ":" in c.reward and RANK == 0:
+            print(f"reward {c.reward} was tried on {material.tried} of "
+                  f"{len(self.prompts + self.held_out)} rows", flush=True)
 
         self.engine = make_engine(c)
         self.fixed = [p.tokens for p in self.prompts[:8] if len(p.tokens) > 1]
@@ -79,44 +84,44 @@ class Run:
         self.engine.sleep()
         self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
 
-        self.policy, self.optimizer = make_trainer(c)
+        self.policy = make_policy(c)
+        self.optimizer = adamw(self.policy, c.lr, c.weight_decay)
+        self.logprobs_of = partial(logprobs_of, self.policy)
         self.check = SyncCheck(c.check_sync, c.check_sync_every)
         if scored:
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
 
         self.version, self.lines = 0, ""  # of metrics.jsonl
         if resume:
-            self.version = checkpoint.load(newest, self.policy, self.optimizer)
-            self.lines = (newest / checkpoint.ROWS).read_text()
+            self.restore(newest)
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
         self.phases = Phases(c.updates, self.version, silent=RANK > 0)
+
+    def restore(self, path: Path):
+        """Weights, optimiser state, version and rows are those of a checkpoint. A collective."""
+        self.version = checkpoint.load(path, self.policy, self.optimizer)
+        self.lines = (path / checkpoint.ROWS).read_text()
 
     def move_trainer(self, device: str):
         """From the engine's way, or back; with cpu_offload FSDP keeps it in host memory itself."""
         if not self.c.cpu_offload:
             move(self.policy, self.optimizer, device)
 
-    def sync(self):
+    def sync(self) -> float | None:
         """The trainer's weights into the engine, which is awake and at this version afterwards; the
-        trainer has left the GPU then."""
+        trainer has left the GPU then. How far the two differ, in nats, if that was due."""
         torch.cuda.empty_cache()  # of the train step: vLLM takes its memory past torch
         self.engine.wake_up("weights")
         self.engine.load_weights(named_weights(self.policy), self.version)
         if not (due := self.check.due()):
             self.move_trainer("cpu")
         self.engine.wake_up("kv_cache")
-        if due:
-            self.check(self.engine, self.logprobs_of, self.fixed)
-            self.move_trainer("cpu")
-
-    @torch.no_grad()
-    def logprobs_of(self, tokens, lengths, routing):
-        """log π (B, T) of given tokens at temperature 1, by the engine's experts."""
-        replay = None if routing is None else routing.to(DEVICE)
-        fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
-        with routed(self.policy.model, fixed.replay, fixed.fed):
-            return self.policy(fixed.tokens, fixed.fed, 1.0)[0]
+        if not due:
+            return None
+        difference = self.check(self.engine, self.logprobs_of, self.fixed)
+        self.move_trainer("cpu")
+        return difference
 
     def rollout(self) -> Rollout:
         """Graded responses of this rank's engine to its share of the next N mini-batches' prompts.
@@ -136,16 +141,15 @@ class Run:
         """Graded responses of this rank's engine."""
         rollout = self.engine.generate([prompt.tokens for prompt in prompts], group_size,
                                        self.c.max_response, seed, self.version, top_p)
-        responses = [row[start:end].tolist() for row, start, end in
-                     zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths)]
+        sampled = responses(rollout)
         with self.phases("reward"):
             first = RANK - RANK % self.c.tensor_parallel
             same = crc32(rollout.tokens.numpy().tobytes())
-            rewards = torch.tensor([0.0] * len(responses) + [same], dtype=torch.float64)
+            rewards = torch.tensor([0.0] * len(sampled) + [same], dtype=torch.float64)
             if RANK == first:
-                texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+                texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
                 asked = [prompt for prompt in prompts for _ in range(group_size)]
-                rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, responses))
+                rewards[:-1] = torch.tensor(grade(self.reward, asked, texts, sampled))
             dist.broadcast(rewards, first, group=self.peers)
             if rewards[-1] != same:
                 raise RuntimeError(

@@ -67,11 +67,11 @@ def json_list(file):
     """A list of objects, or, as some files of this name are, an object a line."""
     text = file.read()
     try:
-        rows = json.loads(text, parse_float=Decimal)
+        rows = from_json(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
-        return list(json_lines(text.splitlines()))
+        return list(json_lines(text.split("\n")))  # splitlines() also parts texts
     rows = rows if isinstance(rows, list) else [rows]
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -79,10 +79,16 @@ def json_list(file):
     return rows
 
 
+def from_json(text: str):
+    """With Decimal for what an int refuses, too: Python reads at most 4,300 digits."""
+    return json.loads(text, parse_float=Decimal,
+                      parse_int=lambda digits: (int if len(digits) < 4000 else Decimal)(digits))
+
+
 def an_object(line: str, where: str) -> dict:
     try:
-        row = json.loads(line, parse_float=Decimal)
-    except ValueError as error:
+        row = from_json(line)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}, counted from 0, is no JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}, counted from 0, is no JSON object")
@@ -92,6 +98,8 @@ def an_object(line: str, where: str) -> dict:
 def csv_rows(file):
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(file, strict=True)
+    header = rows.fieldnames or []
+    rows.fieldnames = [f"{name} (twice)" if header.count(name) > 1 else name for name in header]
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"row {number}, counted from 0, has other cells than the first line")

@@ -7,19 +7,19 @@ Every process is a rank of FSDP2, which trains, and of a vLLM engine, which samp
 command line go over those of the file, or of the run that is resumed.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from nano_moe_rl import Rollout, command_line, group_advantages
+from nano_moe_rl import Rollout, command_line
 from scaled import checkpoint
 from scaled.batches import rows_of_rank, take
-from scaled.config import Config, read_config
+from scaled.config import Config, options_text, read_config
 from scaled.folder import Claim, check_folder, resumed_config, write_aside
+from scaled.guard import Guard
 from scaled.log import Log
-from scaled.metrics import batch_metrics, peak_memory
+from scaled.metrics import batch_metrics, equal_groups, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
 from scaled.run import Run
@@ -31,10 +31,11 @@ def train_batch(run: Run) -> list[dict]:
     advantage → routing → log-probabilities → loss → step; the caller syncs the weights."""
     c = run.c
     batch = run.rollout()
-    batch = replace(batch, advantages=group_advantages(batch.rewards, c.group_size))
+    batch = replace(batch, advantages=run.advantages(batch.rewards, c.group_size))
+    equal = equal_groups(batch.rewards, c.group_size)  # while the groups are whole
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))
-    shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward))
+    shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward), equal)
     with run.phases("old"):
         batch = prepare_batch(run.policy, batch, c)
     return [update(run, part) | shared for part in batch.split(len(batch.tokens) // c.mini_batches)]
@@ -46,21 +47,20 @@ def update(run: Run, part: Rollout) -> dict:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     with run.phases("train"):
-        metrics = train_step(run.policy, run.optimizer, part, c)
+        metrics = train_step(run.policy, run.optimizer, part, c, run.loss_fn)
     run.version += 1
     run.phases.bar.update()
     return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
-            "routing_agreement": None} | metrics
+            "routing_agreement": None, "sync_difference": None} | metrics
 
 
 def learn(run: Run, stop: Callable[[], bool]) -> Iterator[list[dict]]:
     """RL until `updates` or a stop, from weights that the engine has. Yields the rows of each
     rollout batch. stop is a collective."""
-    c = run.c
-    while run.version < c.updates and not stop():
-        rows = train_batch(run)
+    while run.version < run.c.updates and not stop():
+        c, rows = run.c, train_batch(run)
         with run.phases("sync"):
-            run.sync()
+            rows[-1]["sync_difference"] = run.sync()
         spent = cost(run)
         for row in rows:
             row |= spent | {"tokens_per_second_per_device": row.pop("tokens") / WORLD / (
@@ -80,31 +80,37 @@ def cost(run: Run) -> dict:
         f"{name}_seconds": s / run.c.mini_batches for name, s in seconds.items()}
 
 
-def train(run: Run, stop: Callable[[], bool]):
-    """A run in runs/NAME: config.json, metrics.jsonl, checkpoints, and event files if asked for.
-    One that is stopped is saved."""
-    c, folder, options = run.c, run.folder, json.dumps(asdict(run.c), indent=2)
+def train(run: Run, stop: Callable[[], bool]) -> str:
+    """A run in runs/NAME: config.json, metrics.jsonl, events.jsonl, checkpoints, and event files if
+    asked for. One that is stopped is saved -> by what, "" if it came to its end."""
+    c, folder = run.c, run.folder
     if RANK == 0:
-        write_aside(folder / checkpoint.OPTIONS, options)
+        write_aside(folder / checkpoint.OPTIONS, options_text(c))
         checkpoint.set_aside(folder, run.version)
     log = Log(folder, run.phases.bar, lines=run.lines, tensorboard=c.tensorboard, silent=RANK > 0)
     run.sync()
     log.begin(run.version, run.evaluate()["score"])
     run.phases.seconds = {}
-    saved = run.version
+    saved, guard = run.version, Guard(run, log)
 
     def save():
         checkpoint.save(folder, run.policy, run.optimizer, run.version, c.keep,
-                        {checkpoint.OPTIONS: options, checkpoint.ROWS: log.lines})
+                        {checkpoint.OPTIONS: options_text(run.c), checkpoint.ROWS: log.lines})
 
-    for rows in learn(run, stop):
+    if c.watch == "back" and not run.version:
+        save()  # there is always something to go back to
+    for rows in learn(run, lambda: stop() or guard.stopped):
         log.add(rows)
-        if run.version - saved >= c.checkpoint_every or run.version >= c.updates:
+        act, due = guard.look(rows), run.version - saved >= c.checkpoint_every
+        if act == "back":
+            saved = run.version
+        elif act == "save" or due or run.version >= c.updates:
             save()
             saved = run.version
     if saved < run.version or not run.version:  # stopped, perhaps before the first update
         save()
     log.close()
+    return "" if run.version >= c.updates else guard.reason if guard.stopped else "SIGTERM"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,15 +141,15 @@ def main(argv: list[str] | None = None) -> int:
         ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", 1, error)
     try:
         ranks.patient = True
-        train(run, ranks.stop_asked)
+        stopped = train(run, ranks.stop_asked)
     except (OSError, FloatingPointError) as error:  # say it themselves: a full disk, a loss of NaN
         ranks.fail(f"rank {RANK} at update {run.version}: {error}{ranks.remedy}", 1)
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"
         ranks.fail(f"rank {RANK} at update {run.version}: {what}", 1, error)
     if RANK == 0:
-        if run.version < c.updates:
-            print(f"stopped by SIGTERM after update {run.version} of {c.updates}; "
+        if stopped:
+            print(f"stopped by {stopped} after update {run.version} of {c.updates}; "
                   f"--resume {c.name} goes on")
         print(f"{folder}/metrics.jsonl has the numbers; python -m scaled.export {folder} DIR makes "
               "a Hugging Face folder of the policy")

@@ -1,6 +1,6 @@
 """The train step of nano_moe_rl.py on a sharded policy: same maths, micro-batches by length."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nano_moe_rl import DEVICE, Rollout, minirl_loss
+from nano_moe_rl import DEVICE, Rollout
 from scaled.batches import equal_passes, take
 from scaled.config import Config
 from scaled.metrics import Sums
@@ -36,6 +36,17 @@ def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
     torch.cuda.empty_cache()  # without a GPU: nothing
 
 
+@torch.no_grad()
+def logprobs_of(policy: Policy, tokens: Tensor, lengths: Tensor, routing: Tensor | None,
+                head: Tensor | None = None) -> Tensor:
+    """log π (B, T) of given tokens (B, T + 1) at temperature 1, by the engine's experts, if it has
+    any. lengths (B,). head: as in Policy.forward."""
+    replay = None if routing is None else routing.to(DEVICE)
+    fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+    with routed(policy.model, fixed.replay, fixed.fed):
+        return policy(fixed.tokens, fixed.fed, 1.0, head)[0]
+
+
 def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
     """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards
     and advantages are there already. ValueError if a real token has no route to replay."""
@@ -60,10 +71,11 @@ def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
     return batch
 
 
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
-               c: Config) -> dict:
+def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout, c: Config,
+               loss_fn: Callable) -> dict:
     """One update from one mini-batch, of which every rank has its rows -> metrics, all of them from
-    before the update. FloatingPointError on every rank, weights kept, if it is not finite."""
+    before the update. loss_fn: as in objectives.py. FloatingPointError on every rank, weights kept,
+    if it is not finite."""
     counts = torch.stack([torch.tensor(len(batch.tokens)), batch.mask.sum()]).to(DEVICE)
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -73,15 +85,14 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
         with routed(policy.model, part.replay, part.fed) as routes:
             logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-            loss, gate = minirl_loss(
+            loss, gate = loss_fn(
                 logprobs, old, part.rollout_logprobs, part.advantages, part.mask,
-                n_sequences=n_sequences, n_tokens=n_tokens, clip=c.clip,
-                clip_low=c.clip_low, clip_high=c.clip_high,
-                importance_sampling=c.importance_sampling, length_norm=c.length_norm)
+                n_sequences=n_sequences, n_tokens=n_tokens)
             loss.backward()  # inside: a checkpointed layer is routed again here
         loss_sum += loss.detach()
         if rows:
-            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate)
+            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
+                          c.importance_sampling)
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)

@@ -31,40 +31,67 @@ class Worker:
         path = [str(Path(__file__).parents[1])] + [os.path.abspath(p) for p in sys.path]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "scaled.worker", function, str(seconds), *arguments], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
         if self.process.stdout.readline() != "ready\n":
             raise RuntimeError(f"{function}: its process ended with code {self.process.wait()} at "
                                "its start")
+        self.ended = os.pidfd_open(self.process.pid)
 
     def ask(self, *question):
         """The function's answer. RuntimeError for what it raises, Ended if it does not answer."""
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-            late = not select.select([self.process.stdout], [], [], self.seconds + GRACE)[0]
-            if late:  # it has changed what an alarm does
-                self.process.kill()
-            answer = self.process.stdout.readline()
+            # not the end of its output alone: what it forked may hold that open
+            ready, _, _ = select.select(
+                [self.process.stdout, self.ended], [], [], self.seconds + GRACE)
+            answer = self.process.stdout.readline() if self.process.stdout in ready else ""
+            late = not ready  # it has changed what an alarm does
         except BrokenPipeError:
             answer, late = "", False
         if not answer:
-            code = self.close()
+            if not late:  # its output ends some time before it does
+                select.select([self.ended], [], [], GRACE)
+            code = self.end()
             late = late or code == -signal.SIGALRM
             raise Ended(f"no answer in {self.seconds:g} seconds" if late else
                         f"its process ended with code {code}", late)
         answer = json.loads(answer)
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            error = RuntimeError(answer["error"])
+            error.add_note(answer["traceback"])  # printed with the error's own, where that is
+            raise error
         return answer["value"]
 
-    def close(self) -> int:
-        """Ends the process. Not needed: it ends with this program."""
+    def end(self) -> int:
+        """Kills the process, if it has not ended, with all that it started -> its exit code."""
         try:
-            self.process.communicate()
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return self.close()
+
+    def close(self) -> int:
+        """Ends the process when it has answered. Not needed: it ends with this program."""
+        try:
+            self.process.stdin.close()
         except BrokenPipeError:
             pass
-        return self.process.returncode
+        code = self.process.wait()
+        self.process.stdout.close()
+        os.close(self.ended)
+        return code
+
+
+def place(error: Exception) -> str:
+    """Where an error came up, if that is not in this project."""
+    cause = error.__cause__
+    frames = traceback.extract_tb(
+        (cause if cause and cause.__traceback__ else error).__traceback__)
+    file, line = frames[-1].filename, frames[-1].lineno
+    ours = Path(file).parent == Path(__file__).parent or file.startswith("<")
+    return "" if ours else f" ({Path(file).name}, line {line})"
 
 
 def serve(function: str, seconds: str, *arguments: str):
@@ -81,8 +108,8 @@ def serve(function: str, seconds: str, *arguments: str):
         try:
             answer = {"value": call(*arguments, *json.loads(line))}
         except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}{place(error)}",
+                      "traceback": traceback.format_exc()}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT  # noqa: F401  puts the tutorials on the path
 
 import nano_moe_rl as nano
-import objectives
+from scaled import objectives
+from scaled.config import Config
 
 B, T, G = 6, 5, 3
 
@@ -93,6 +94,70 @@ def test_standardised_advantages():
     torch.testing.assert_close(objectives.standardised_advantages(rewards, G), torch.tensor(expected), rtol=1e-4, atol=0)
 
 
+# ------------------------------------------------------ masks: at, below and above each threshold
+def minirl_of(kept, log_gap, advantage):
+    """Gradient of MiniRL in log π, for one response of which `kept` tokens remain, of two responses in all."""
+    return [-min(math.exp(x), 5) * advantage / 2 * keep for x, keep in zip(log_gap, kept)]
+
+
+MASKS = [  # name, ρ of each token, advantage, which tokens stay
+    ("MIS-token", [0.5, 0.49999, 2.0, 2.00001, 1.0], 1.0, [1, 0, 1, 0, 1]),
+    ("MIS", [2.0, 1.0, 1.0, 1.0], 1.0, [1] * 4), ("MIS", [2.0, 1.0001, 1.0], 1.0, [0] * 3),
+    ("MIS", [4.0, 0.5, 0.9], 1.0, [1] * 3), ("MIS", [1e-9, 1.0], 1.0, [1] * 2),
+    ("MIS-geometric", [1.001, 1.00099], 1.0, [1] * 2), ("MIS-geometric", [1.0012, 1.0009], 1.0, [0] * 2),
+    ("MIS-geometric", [0.9901, 0.9901, 0.9901], 1.0, [1] * 3), ("MIS-geometric", [0.98, 0.99], 1.0, [0] * 2),
+    ("MIS-geometric", [2.0, 0.5], 1.0, [1] * 2),  # a mean hides what cancels
+    ("OPSM", [math.exp(-0.0999)] * 3, -1.0, [1] * 3), ("OPSM", [math.exp(-0.1001)] * 3, -1.0, [0] * 3),
+    ("OPSM", [math.exp(-0.5)] * 3, 1.0, [1] * 3), ("OPSM", [math.exp(0.5)] * 3, -1.0, [1] * 3),
+    ("veto", [1.01e-4, 1.0, 3.0], 1.0, [1] * 3), ("veto", [0.99e-4, 1.0, 3.0], 1.0, [0] * 3),
+    ("IcePop", [0.501, 0.499, 4.99, 5.01], 1.0, [1, 0, 1, 0]),
+]
+
+
+@pytest.mark.parametrize("name, gaps, advantage, kept", MASKS)
+def test_masks_at_their_thresholds(name, gaps, advantage, kept):
+    """On-policy: π_θ is π_old, so the gap of the engines is all there is. Another response stands beside, untouched."""
+    n = len(gaps)
+    log_gap = [math.log(gap) for gap in gaps]
+    mask = torch.arange(n + 1) < torch.tensor([n, 1])[:, None]  # of padding nothing may be seen
+    mu = torch.zeros(2, n + 1, dtype=torch.double).masked_fill(~mask, math.nan)
+    old = mu.clone()
+    old[0, :n] = torch.tensor(log_gap, dtype=torch.double)
+    logprobs = old.clone().requires_grad_()
+    loss, gate = objectives.OBJECTIVES[name].loss(
+        logprobs, old, mu, torch.tensor([advantage, 1.0]), mask, n_sequences=2, n_tokens=n + 1)
+    loss.backward()
+    assert logprobs.grad[0, :n].tolist() == pytest.approx(minirl_of(kept, log_gap, advantage), rel=1e-6)
+    assert logprobs.grad[1, 0].item() == pytest.approx(-0.5) and logprobs.grad[~mask].abs().max() == 0
+    assert gate[0, :n].tolist() == [bool(keep) for keep in kept] and gate[1, 0]
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_objective_trains_the_single_file_and_takes_options_or_refuses_them(name):
+    c = nano.Config(width=32, heads=1, layers=2, experts=4, expert_width=8, max_digits=4, mini_batch=16, group_size=4,
+                    mini_batches=2, updates=2, eval_prompts=8, eval_every=2)
+    objective, model, rows = objectives.load_objective(name), nano.Model(c), [{"update": 0}]
+    nano.learn(model, nano.adamw(model, 1e-3), rows, objective.loss, objective.advantages)
+    assert len(rows) == 3 and all(0 <= row["dropped_responses"] <= 1 for row in rows[1:])
+    s = Config(checkpoint="a", train_data="b", objective=name)
+    assert objective.options(s).keys() <= set(objectives.OPTIONS)
+    changed = Config(checkpoint="a", train_data="b", objective=name, length_norm=True)
+    if name == "MiniRL":
+        assert objective.options(changed)["length_norm"] is True
+    else:
+        with pytest.raises(ValueError, match=f"^--length-norm True: --objective {name} would ignore it; leave it out$"):
+            objective.options(changed)
+
+
+def test_an_objective_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def loss(*tensors, n_sequences, n_tokens): ...\ndef short(*tensors): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = objectives.load_objective("mine:loss")
+    assert own.loss.__name__ == "loss" and own.advantages is nano.group_advantages
+    for name, line in (("PPO", "give MiniRL or GRPO"), ("mine:nothing", "AttributeError"), ("nowhere:loss", "No module"),
+                       ("mine:short", "takes no n_sequences and no n_tokens")):
+        with pytest.raises(ValueError, match=f"--objective {name}.*{line}"):
+            objectives.load_objective(name)
 
 
 def test_random_drop_drops_as_many_tokens_as_the_gate_and_weighs_the_rest_as_minirl(case):

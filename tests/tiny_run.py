@@ -12,7 +12,8 @@ TINY = dict(width=32, heads=1, layers=2, experts=4, expert_width=8, max_digits=4
             updates=4, mini_batch=16, group_size=4, mini_batches=2, eval_every=2, eval_prompts=8)
 SCRIPT = str(Path(nano.__file__).resolve())
 METRICS = {"update", "reward", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction",
-           "effective_sample_size", "routing_agreement", "clip_fraction", "response_length", "grad_norm", "seconds"}
+           "effective_sample_size", "routing_agreement", "clip_fraction", "dropped_responses",
+           "response_length", "grad_norm", "seconds"}
 SCORES = {"score", "engine_score", "routing_share"}
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", ".lock"}
 

@@ -9,10 +9,11 @@ from answer_pairs import PAIRS
 
 from scaled.algebra import Unknown, read
 from scaled.answers import final_answer, normal
+from scaled.checks import check_reward
 from scaled.data import Prompt
 from scaled.equality import same
 from scaled.judge import right
-from scaled.rewards import Math, check_reward, take_counts
+from scaled.rewards import Math, take_counts
 
 TABLE = [pair for pairs in PAIRS.values() for pair in pairs]
 

@@ -73,7 +73,23 @@ def test_a_checkpoint_holds_weights_moments_options_and_rows(saved, run):
         assert all(map(torch.equal, got, saved[1][version]))
         assert len((path / "metrics.jsonl").read_text().splitlines()) == version
     assert checkpoint.newest_whole(checkpoint.checkpoints(run)) == (run / "update-000008", "")
-    assert checkpoint.options(run) == {"name": "run", "lr": 1.0}
+    assert checkpoint.options(run) == ({"name": "run", "lr": 1.0}, 8)
+
+
+def test_a_checkpoint_before_the_first_update_is_no_update(saved, tmp_path):
+    """torch makes Adam's state by a step of length 0, which its bias correction would count."""
+    after = []
+    for when in ("never", "saved", "loaded"):
+        policy, optimizer = trainer(saved[0] / "hf")
+        if when == "saved":
+            checkpoint.save(tmp_path, policy, optimizer, 0, 2, texts(0))
+        if when == "loaded":
+            assert checkpoint.load(tmp_path / "update-000000", policy, optimizer) == 0
+        change(policy, optimizer, 1.0)
+        change(policy, optimizer, -3.0)
+        after.append(values(policy, optimizer))
+    for other in after[1:]:
+        assert all(map(torch.equal, other, after[0]))
 
 
 def test_old_checkpoints_go_and_an_attempt_that_was_cut_short_does_not_stay(saved, run):
@@ -126,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(saved, run, d
     policy, optimizer = trainer(saved[0] / "hf")
     assert checkpoint.load(path, policy, optimizer) == 4
     assert all(map(torch.equal, values(policy, optimizer), saved[1][4]))
-    assert checkpoint.options(run) == {"name": "run", "lr": 1.0}
+    assert checkpoint.options(run)[0] == {"name": "run", "lr": 1.0}
     checkpoint.set_aside(run, 4)
     assert checkpoint.checkpoints(run) == [older] and (run / "damaged-update-000008").exists()
 

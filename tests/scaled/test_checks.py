@@ -93,6 +93,10 @@ DAMAGES = [
     ("config-more-experts", edit("config.json", num_local_experts=5), "its weights cannot be used"),
     ("config-more-tokens", edit("config.json", vocab_size=14),
      "lm_head.weight is .13, 64., the model that its config describes has .14, 64."),
+    ("config-experts", edit("config.json", num_experts_per_tok=5), "its config.json says 5 of 4 experts a token"),
+    ("config-no-expert", edit("config.json", num_experts_per_tok=0), "its config.json says 0 of 4 experts a token"),
+    ("config-no-step", edit("config.json", decoder_sparse_step=0), "its routes cannot be replayed: .*zero"),
+    ("config-quantised", edit("config.json", quantization_config={"quant_method": "fp8"}), "that it is quantised"),
     ("weights-gone", remove(ONE, TWO, INDEX), "its weights cannot be used: .*has neither"),
     ("weights-pickled", lambda f: (remove(ONE, TWO, INDEX)(f), write("pytorch_model.bin", "x")(f)),
      "has neither .* convert it to safetensors"),
@@ -125,6 +129,11 @@ DAMAGES = [
     ("tokenizer-empty", write("tokenizer.json", ""), "its tokenizer cannot be used"),
     ("tokenizer-cut", cut("tokenizer.json", 0.7), "its tokenizer cannot be used"),
     ("tokenizer-config-cut", cut("tokenizer_config.json", 0.7), "its tokenizer cannot be used"),
+    ("generation-end-beyond", edit("generation_config.json", eos_token_id=[12, 13]),
+     "its end tokens cannot be read: 13 is not one of the model's 13 tokens"),
+    ("generation-end-below", edit("generation_config.json", eos_token_id=-1), "-1 is not one of the model's 13 tokens"),
+    ("generation-end-bool", edit("generation_config.json", eos_token_id=True), "True is not one of the model's"),
+    ("generation-end-text", edit("generation_config.json", eos_token_id="end"), "its end tokens cannot be read"),
     ("generation-cut", cut("generation_config.json", 0.5), "its end tokens cannot be read"),
 ]
 

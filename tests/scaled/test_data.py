@@ -190,6 +190,15 @@ def test_columns_that_nobody_asked_for_do_no_harm_at_any_size(tmp_path, tokenize
     assert [p.answer for p in prompts] == [*map(str, range(12_000)), "7"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_what_only_some_readers_take_for_the_end_of_a_line_or_a_number(tmp_path, tokenizer, name):
+    rows = [{"prompt": "hello", "answer": "a\u2028b\x85c\x0bd", "other": 0},
+            {"prompt": "two", "answer": "7", "other": 1}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).replace("\x0b", "\\u000b")
+    (tmp_path / name).write_bytes(text.replace('"other": 1', '"other": ' + "9" * 5000).encode())
+    assert [p.answer for p in load_prompts(tmp_path / name, tokenizer, max_prompt=9)] == [rows[0]["answer"], "7"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_file_needs_no_network_and_leaves_no_cache(tmp_path, tokenizer, calls, monkeypatch, name):
     import datasets
@@ -244,6 +253,9 @@ REFUSALS = [  # name, content, options, message
     ("list.jsonl", ROW + "[1]\n", {}, "line 1, counted from 0, is no JSON object"),
     ("short.csv", "prompt,answer\nhello,1\nhello\n", {}, "row 1, .*cells"),
     ("long.csv", "prompt,answer\nhello,1,2\n", {}, "row 0, .*cells"),
+    ("twice.csv", "prompt,answer,answer\nhello,1,2\n", {}, r"no column 'answer', only prompt, answer \(twice\)"),
+    ("a.jsonl", ROW + '{"prompt": "hello", "answer": "1", "other": ' + "[" * 10**5, {}, "line 1, .*recursion"),
+    ("a.jsonl", ROW + '{"prompt": "hello", "answer": ' + "9" * 5000 + "}", {}, "answer of prompt a.jsonl:1 is 9"),
     ("empty.csv", "prompt,answer\nhello,1\nhello,\n", {}, "answer of prompt empty.csv:1 is empty"),
     ("fake.jsonl.gz", "hello", {}, "cannot be read: .*gzip"),
     ("bytes.jsonl", b'{"prompt": "\xff"}', {}, "cannot be read: .*utf-8"),

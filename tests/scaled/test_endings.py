@@ -13,7 +13,9 @@ from processes import finish, start
 
 import nano_moe_rl as nano
 from scaled import checkpoint
+from scaled.engine import EngineError
 from scaled.export import export_nano
+from scaled.policy import load_policy
 
 OPTIONS = """checkpoint = "hf"
 train_data = "train.jsonl"
@@ -94,7 +96,7 @@ def test_sigterm_finishes_the_update_saves_and_exits_with_0(folder):
     assert [row["update"] for row in rows] == list(range(1, len(rows) + 1))
     assert json.loads((newest / "config.json").read_text())["prompts"] == 4
     assert not list(folder.glob("runs/term/.*"))  # neither a lock nor anything half written
-    event = next(folder.glob("runs/term/events.*")).read_bytes()
+    event = next(folder.glob("runs/term/events.out.*")).read_bytes()
     assert b"routing_agreement/0" in event and b"mismatch_kl" in event
 
 
@@ -185,6 +187,14 @@ def test_a_failure_of_the_engine_is_no_refusal(folder):
     assert code == 1 and len(said(err)) == 1, err
     assert "rank 0 at the start: EngineError: vllm 0.30.0 failed " in said(err)[0] and "memory" in said(err)[0], err
     assert not (folder / "runs/engine").exists()
+
+
+def test_a_failure_of_the_trainer_is_no_refusal(tmp_path):
+    """Whatever exception a library raises once the checkpoint has been found usable: here without a process group."""
+    with pytest.raises(EngineError, match="^the training engine failed at its start: ValueError: .*process group"):
+        export_nano(nano.Model(nano.Config()), tmp_path / "hf")
+        load_policy(tmp_path / "hf", precision="fp32", logits_bytes=1, gradient_checkpointing=False, cpu_offload=False,
+                    device="cpu")
 
 
 def test_ranks_do_not_outlive_torchrun(folder):

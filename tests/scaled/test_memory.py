@@ -76,7 +76,7 @@ def measured_step(monkeypatch, folder, s, c, B, T):
     monkeypatch.setattr(trainer, "passes", noticed)
     monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(1.0))  # sums of no ranks: NaN
     with tracker:
-        trainer.train_step(policy, optimizer, rollout(s, 2 * B, T), c)
+        trainer.train_step(policy, optimizer, rollout(s, 2 * B, T), c, nano.minirl_loss)
     return tracker.get_tracker_snapshot("peak")[CPU]
 
 

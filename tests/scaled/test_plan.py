@@ -194,6 +194,23 @@ def test_the_ready_plans_are_what_the_command_says(capsys, monkeypatch):
     for argv, output in blocks:
         assert said(capsys, *argv.split()) == output
         assert "\nIt fits. " in output
+    cost = [float(re.search(r"GPU hours, \$([\d,]+)", output)[1].replace(",", "")) for _, output in blocks]
+    more = int(re.search(r"a response costs (\d+) % more than on 64 GPUs", page)[1])  # there are four times as many
+    assert cost[2] / 4 / cost[1] - 1 == pytest.approx(more / 100, abs=0.005)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scaled/configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_fits_on_what_it_names(capsys, monkeypatch, path):
+    """By the command in its comment, with the memory of GPU and host that it says it needs."""
+    monkeypatch.chdir(ROOT)
+    text = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    command = re.search(r"python -m scaled.plan (--config \S+ --gpus \d+)", text)
+    argv = command.group(1).split() if command else ["--config", str(path), "--gpus", "2"]
+    if re.search(r"of 40 GB", text):
+        argv += ["--gib", "39.4"]
+    if host := re.search(r"(\d+) ([GT])B of host memory", text):
+        argv += ["--host-gib", str(float(host[1]) * dict(G=1e9, T=1e12)[host[2]] / GIB)]
+    assert "\nIt fits. " in said(capsys, *argv)
 
 
 def test_gpus_of_the_table_in_their_order():

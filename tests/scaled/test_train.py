@@ -24,7 +24,7 @@ ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
         "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
-        "old_seconds", "train_seconds", "sync_seconds"}
+        "old_seconds", "train_seconds", "sync_seconds", "weight_truncated_fraction", "equal_groups", "sync_difference"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
@@ -68,12 +68,15 @@ def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
         assert row["missing_routes"] == row["reward_errors"] == row["reward_timeouts"] == 0
         assert len(row["routing_agreement"]) == 3 and min(row["routing_agreement"]) > 0.9
         assert row["reward"] * 256 % 1 == 0
+        assert row["equal_groups"] * 128 % 1 == 0  # the groups of a rollout batch
+    # the first sync was before the first update; of N = 4 updates the last has the next
+    assert [row["update"] for row in rows if row["sync_difference"] is not None] == [4, 8]
     # N = 4: the first mini-batch of a rollout batch is on-policy, the others are not
     stale = [row["staleness_kl"] for row in rows]
     assert max(stale[0::4]) < 1e-9 < 1e-6 < min(stale[1::4])
     names = {path.name for path in (folder / "runs/whole").iterdir()}
     assert {"config.json", "metrics.jsonl", "update-000012", "update-000024"} < names
-    assert sum(name.startswith("events.") for name in names) == 1 and len(names) == 5
+    assert sum(name.startswith("events.out.") for name in names) == 1 and len(names) == 5
 
 
 def test_a_plan_with_the_metrics_of_the_run_has_its_seconds(folder):
@@ -185,6 +188,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--name ..", "--name ..: give up to 60 letters"),
     ("--name " + "a" * 300, f"--name {'a' * 60}: give up to 60 letters"),
     ("--name two\nlines", "--name two lines: give up to 60 letters"),
+    ("--name \x1b[31m", r"--name \x1b[31m: give up to 60 letters"),
+    ("--config \udcff.toml", r"--config \udcff.toml: there is no such file"),
     ("--name taken", "--name taken: is taken; give another, or remove runs/taken: it has no checkpoint"),
     ("--name done", "--name done: is taken; give another, or --resume done"),
     ("--name file", "--name file: is taken"),
@@ -195,6 +200,8 @@ OPTIONS = [  # refused before the ranks meet
     ("--resume ../done", "--name ../done: give up to 60 letters"),
     ("--resume rotten", "runs/rotten has no checkpoint that is whole (update-000004: No such file or directory)"),
     ("--resume older", "--resume older: its options are not those of this version: colour"),
+    ("--resume texts", "--resume texts: its options are damaged: updates = '8' is no int"),
+    ("--resume nulls", "--resume nulls: its options are damaged: lr = None is no float"),
     ("--resume done --config done.toml", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--seed 1 --no-config", "give --config FILE for a new run, or --resume NAME, which has its options"),
     ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
@@ -237,6 +244,8 @@ def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, li
     (tmp_path / "runs/file").touch()
     saved_run(tmp_path / "runs/done")
     saved_run(tmp_path / "runs/older", colour="red")
+    saved_run(tmp_path / "runs/texts", updates="8")
+    saved_run(tmp_path / "runs/nulls", lr=None)
     (tmp_path / "runs/rotten/update-000004").mkdir(parents=True)
     for name, text in FILES.items():
         (tmp_path / f"{name}.toml").write_text(text)
@@ -309,6 +318,9 @@ REFUSED = [  # refused when checkpoint and data are read
     (dict(max_response=23), "exceeds the checkpoint's context of 28 tokens"),
     (dict(nano_cold_start=True), "is not the cold start of --seed 0"),
     (dict(reward="os:nothing"), "os has no function nothing"),
+    (dict(reward="os:nothing", nano_cold_start=True, checkpoint="runs/absent"), "os has no function nothing"),
+    (dict(objective="PPO"), "--objective PPO: give MiniRL or GRPO"),
+    (dict(objective="GRPO", length_norm=True), "--length-norm True: --objective GRPO would ignore it"),
     (dict(rollout_precision="fp8"), "rollout precision fp8"),  # no AMX, or 64 is no multiple of 128
 ]
 

@@ -1,5 +1,7 @@
 """The scaled train step against that of the single file: same rollouts, same weights, same numbers."""
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +11,12 @@ from processes import join_group, run_ranks
 from torch.distributed.tensor import DTensor
 
 import nano_moe_rl as nano
-from scaled import batches, logprobs, metrics, run, train, trainer
+from scaled import batches, logprobs, metrics, objectives, run, trainer
 from scaled.config import Config
 from scaled.batches import rows_of_rank, take
 from scaled.export import export_nano
 from scaled.huggingface import named_weights
+from scaled.objectives import OBJECTIVES, load_objective
 from scaled.policy import load_policy
 from scaled.trainer import move, prepare_batch, train_step
 
@@ -22,7 +25,7 @@ SHAPE = dict(width=64, layers=3, heads=2, kv_heads=1, experts=8, top_k=2, expert
 
 
 def test_the_maths_is_that_of_the_single_file():
-    for module, names in ((trainer, ["minirl_loss", "Rollout"]), (train, ["group_advantages"]),
+    for module, names in ((trainer, ["Rollout"]), (objectives, ["minirl_loss", "group_advantages", "clip_gate"]),
                           (run, ["Rollout", "adamw"]),
                           (batches, ["Rollout"]), (logprobs, ["token_logprobs", "entropy"]),
                           (metrics, ["kl_k3", "extreme_token_fraction", "routing_agreement"])):
@@ -59,10 +62,13 @@ def whole(tensor):
 CASES = [dict(), dict(replay="R2"), dict(replay="none", clip=False), dict(mini_batches=1),
          dict(importance_sampling="sequence"), dict(importance_sampling="staleness", length_norm=True),
          dict(clip_low=0.01, clip_high=0.004)]
+# a middle term of each kind of formula; MIS-geometric drops whole responses here
+OTHERS = ["GRPO", "GSPO", "CISPO", "IcePop", "MIS-geometric"]
 
 
-@pytest.mark.parametrize("changes", CASES, ids=str)
-def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, changes):
+@pytest.mark.parametrize("changes, objective", [(changes, "MiniRL") for changes in CASES]
+                         + [({}, name) for name in OTHERS], ids=str)
+def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, changes, objective):
     """N = 2 mini-batches with an update between them, so that the second is off-policy."""
     c = nano.Config(**SHAPE | dict(mini_batches=2, updates=2) | changes)
     model = nano.Model(c)
@@ -72,9 +78,12 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
     losses = []
 
     def loss_fn(*tensors, **counts):
-        loss, gate = nano.minirl_loss(
-            *tensors, **counts, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
-            length_norm=c.length_norm, importance_sampling=c.importance_sampling)
+        if objective == "MiniRL":
+            loss, gate = nano.minirl_loss(
+                *tensors, **counts, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
+                length_norm=c.length_norm, importance_sampling=c.importance_sampling)
+        else:
+            loss, gate = OBJECTIVES[objective].loss(*tensors, **counts)
         losses.append(loss.item())
         return loss, gate
 
@@ -83,10 +92,11 @@ def test_loss_gradient_and_metrics_are_those_of_the_single_file(group, folder, c
     gradients = {}  # as the step sees them: clipped
     sgd[1].register_step_pre_hook(lambda *_: gradients.update(
         (n.removeprefix("model."), whole(p.grad).clone()) for n, p in policy.model.named_parameters()))
-    s = options(c)
+    s = options(c, objective=objective)
+    scaled_loss = partial(load_objective(objective).loss, **load_objective(objective).options(s))
     ours, theirs = prepare_batch(policy, rollout, s), nano.prepare_batch(model, rollout)
     for part, other in zip(ours.split(12), theirs.split(12), strict=True):
-        got = train_step(policy, sgd[1], part, s)
+        got = train_step(policy, sgd[1], part, s, scaled_loss)
         expected = nano.train_step(model, sgd[0], other, loss_fn)
         for name, value in expected.items():
             assert got[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -108,7 +118,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights(group, folder):
     batch = prepare_batch(policy, rollout, options(c))
     before = [whole(p).clone() for p in policy.parameters()]
     with pytest.raises(FloatingPointError, match="nan"):
-        train_step(policy, torch.optim.SGD(policy.parameters(), 0.1), batch, options(c))
+        train_step(policy, torch.optim.SGD(policy.parameters(), 0.1), batch, options(c), nano.minirl_loss)
     assert all(torch.equal(whole(p), old) for p, old in zip(policy.parameters(), before))
 
 
@@ -130,7 +140,7 @@ def test_sums_are_not_means_of_means():
     whole_batch = graded(model, precision="int4")
     generator = torch.Generator().manual_seed(0)
     shape = whole_batch.rollout_logprobs.shape
-    logprobs = whole_batch.rollout_logprobs + 0.3 * torch.randn(shape, generator=generator)
+    logprobs = whole_batch.rollout_logprobs + 0.9 * torch.randn(shape, generator=generator)
     old = whole_batch.rollout_logprobs + 0.2 * torch.randn(shape, generator=generator)
     entropies, gate = torch.rand(shape, generator=generator), torch.rand(shape, generator=generator) < 0.7
     routing = whole_batch.routing.roll(1, 0)
@@ -141,6 +151,8 @@ def test_sums_are_not_means_of_means():
         sums.add_pass(part, *(x[rows][:, :T] for x in (logprobs, old, entropies, routing, gate)))
     got, mask, mu = sums.over_ranks(), whole_batch.mask, whole_batch.rollout_logprobs
     fed = whole_batch.fed
+    truncated = sum(math.exp(x - y) > 5 for x, y in zip(logprobs[mask].tolist(), mu[mask].tolist()))
+    assert truncated > 3
     expected = dict(
         reward=whole_batch.rewards.mean(), entropy=entropies[mask].mean(),
         mismatch_kl=nano.kl_k3(mu, old, mask), staleness_kl=nano.kl_k3(old, logprobs, mask),
@@ -148,6 +160,8 @@ def test_sums_are_not_means_of_means():
         effective_sample_size=nano.effective_sample_size(logprobs - mu, mask),
         routing_agreement=nano.routing_agreement(routing, whole_batch.routing, fed),
         clip_fraction=1 - gate[mask].double().mean(),
+        dropped_responses=1 - torch.tensor([g[m].any() for g, m in zip(gate, mask)]).double().mean(),
+        weight_truncated_fraction=truncated / mask.sum(),
         response_length=(whole_batch.lengths - whole_batch.prompt_lengths).double().mean())
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -171,7 +185,7 @@ def two_batches(rank, world, folder):
     for N, name in ((2, "off"), (1, "on")):
         part, c = share(rank, world, folder / name, N)
         batch = prepare_batch(policy, part, c)
-        history += [train_step(policy, optimizer, mini, c)
+        history += [train_step(policy, optimizer, mini, c, nano.minirl_loss)
                     for mini in batch.split(len(batch.tokens) // N)]
     weights = {name: x.clone() for name, x in named_weights(policy)}
     if rank == 0:
@@ -210,7 +224,7 @@ def updates_between_moves(rank, world, folder, moved):
     optimizer, parameters, to = nano.adamw(policy, 1e-3), list(policy.parameters()), torch.Tensor.to
     part, c = share(rank, world, folder / "batch", 1)
     for _ in range(3):
-        metrics = train_step(policy, optimizer, prepare_batch(policy, part, c), c)
+        metrics = train_step(policy, optimizer, prepare_batch(policy, part, c), c, nano.minirl_loss)
         if moved == "moved":
             states = [x for state in optimizer.state.values() for x in state.values()]
             before = [x.to_local() if isinstance(x, DTensor) else x for x in parameters + states]

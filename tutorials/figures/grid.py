@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import nano_moe_rl as nano
-import objectives
+from scaled import objectives
 
 # The base recipe. Rollouts, rewards and all numbers of every update come from the default model; a
 # correct response to six digits has 15 tokens, so 16 are enough, and are faster than the default.

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 import nano_moe_rl as nano
-import objectives
 from figures import intervals
 from figures.grid import BASE, LITTLE, QUICK
 from figures.runner import cold_start, start_config
+from scaled import objectives
 
 SEED, BATCHES, RESPONSES, UPDATES = 950, 24, 1024, 64
 STALE = 16  # updates between rollout and θ, in the dial of staleness
