@@ -13,6 +13,7 @@ from scaled.config import Config
 from scaled.data import Prompt, end_tokens, load_prompts
 from scaled.families import route_shape
 from scaled.huggingface import check_weights
+from scaled.ranks import RANK
 from scaled.rewards import Score, check_reward, load_reward
 from scaled.vllm_internals import check_served, check_vllm
 
@@ -32,6 +33,8 @@ def read_material(c: Config) -> Material:
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
+    if c.wandb:
+        check_wandb()
     config, tokenizer = read_checkpoint(c)
     reward = load_reward(c.reward, c.reward_seconds)
     columns = dict(prompt_column=c.prompt_column, answer_column=c.answer_column, chat=c.chat,
@@ -42,6 +45,16 @@ def read_material(c: Config) -> Material:
         c.eval_data, tokenizer, split=c.eval_split, **columns) if c.eval_data else []
     check_reward(reward, prompts + held_out)
     return Material(tokenizer, prompts, held_out, reward)
+
+
+def check_wandb():
+    """ValueError without the package, or if it has neither an account nor leave to stay offline."""
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb: the package is missing; pip install wandb")
+    import wandb
+    if RANK == 0:
+        with refusing("--wandb"):
+            wandb.login()
 
 
 def check_fit(c: Config, config: PreTrainedConfig):

@@ -11,6 +11,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+from scaled.terminal import err, say
+
 GRACE = 10  # seconds, after which a process that outlives its alarm is killed
 
 
@@ -38,7 +40,8 @@ class Worker:
                                "its start")
 
     def ask(self, *question):
-        """The function's answer. RuntimeError for what it raises, Ended if it does not answer."""
+        """The function's answer. RuntimeError for what it raises, whose traceback the terminal gets;
+        Ended if it does not answer."""
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
@@ -55,6 +58,7 @@ class Worker:
                         f"its process ended with code {code}", late)
         answer = json.loads(answer)
         if "error" in answer:
+            say(answer["traceback"].rstrip(), err())
             raise RuntimeError(answer["error"])
         return answer["value"]
 
@@ -81,8 +85,8 @@ def serve(function: str, seconds: str, *arguments: str):
         try:
             answer = {"value": call(*arguments, *json.loads(line))}
         except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {error}",
+                      "traceback": traceback.format_exc()}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=answers, flush=True)
 
