@@ -1,4 +1,4 @@
-"""Rows of metrics for people: as many columns as the terminal has room for, and warnings in words."""
+"""Rows of metrics for people: as many columns as a terminal has room for, and warnings in words."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ class Column:
     def cell(self, row: dict) -> str:
         value = self.value(row) if callable(self.value) else row[self.value]
         texts = [""] if value is None else [format(value, f) for f in (self.format, ".1f", ".0e")]
-        return next((text for text in texts if len(text) <= self.width), texts[-1]).rjust(self.width)
+        fits = (text for text in texts if len(text) <= self.width)
+        return next(fits, texts[-1]).rjust(self.width)
 
     width = property(lambda self: max(len(self.title), self.room))
 
@@ -25,7 +26,7 @@ def agreed(row: dict) -> float | None:
     return mean(row["routing_agreement"]) if row["routing_agreement"] else None
 
 
-# The first twelve fit 80 columns. KL(μ‖π) is between engines, stale is KL(π_old‖π_θ), F(2) the share
+# The first twelve fit 80 columns. KL(μ‖π) is between engines, stale is KL(π_old‖π_θ), F(2) the part
 # of tokens with π_old/μ_old above 2 or below 1/2; equal: of groups without a gradient; cut: of
 # responses that were cut off; seconds are an update's.
 COLUMNS = [

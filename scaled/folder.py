@@ -12,7 +12,7 @@ from scaled.config import Config, check_name
 
 LOCK = ".lock"
 LOG = "log.txt"  # what libraries print
-SAMPLES, CURVES = "samples.jsonl", "curves.png"
+SAMPLES, CURVES, EVENTS = "samples.jsonl", "curves.png", "events.jsonl"
 
 
 def write_aside(path: Path, text: str):

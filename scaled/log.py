@@ -1,4 +1,4 @@
-"""What a run says while it trains: rows of metrics, for files and for people, samples, a picture."""
+"""What a run says while it trains: rows of metrics for files and for people, samples, a picture."""
 
 import json
 import time

@@ -40,8 +40,8 @@ class Worker:
                                "its start")
 
     def ask(self, *question):
-        """The function's answer. RuntimeError for what it raises, whose traceback the terminal gets;
-        Ended if it does not answer."""
+        """The function's answer. RuntimeError for what it raises, and the terminal gets the
+        traceback; Ended if it does not answer."""
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()

@@ -167,7 +167,8 @@ def test_routes_are_those_of_the_tokens_beside_them():
     assert shown["response_from"] == BEFORE and len(shown["tokens"]) == TOKENS
     for i, (token, ours, theirs) in enumerate(zip(shown["tokens"], shown["engine_experts"], shown["trainer_experts"])):
         place = P - BEFORE + i
-        assert token == nano.VOCABULARY[place % 13] and ours == [[place, place + 1]] and theirs == [[place + 1, place + 2]]
+        assert token == nano.VOCABULARY[place % 13]
+        assert ours == [[place, place + 1]] and theirs == [[place + 1, place + 2]]
     short = show(3, 10)
     assert short["response_from"] == 3 and len(short["tokens"]) == 9  # the last token is never fed
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import nano_moe_rl as nano
 from processes import finish, start
-from scaled import export, train
+from scaled import export, report, train
 from scaled.run import Run
 from scaled.config import Config, read_config
 from scaled.checkpoint import digest
@@ -27,8 +27,8 @@ from tiny_run import METRICS as NANO_METRICS
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
-        "sync_difference", "equal_groups", "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
-        "old_seconds", "train_seconds", "sync_seconds"}
+        "sync_difference", "equal_groups", "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds",
+        "reward_seconds", "old_seconds", "train_seconds", "sync_seconds"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
@@ -166,6 +166,19 @@ def test_resume_equals_no_interruption_whatever_was_lost_after_the_checkpoint(fo
         "config.json", "curves.png", "damaged-update-000012", "log.txt", "metrics.jsonl", "samples.jsonl",
         "update-000016"]
     assert json.loads((parts / "config.json").read_text())["logits_mib"] == 500
+
+
+def test_a_report_has_the_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert report.main(["runs/whole", "--json"]) == 0
+    told, = json.loads(capsys.readouterr().out)["runs"]
+    rows = metrics(folder, "whole")
+    assert told["updates"] == 24 and told["last_score"] == rows[-1]["score"] and told["last_reward"] == rows[-1]["reward"]
+    assert [(x["mode"], x["update"], x["other_experts"]) for x in told["routes"]] == [("R3", 4, 0), ("R3", 24, 0)]
+    page = (folder / "runs/whole/report.html").read_text()
+    for sample in lines_of(folder, "whole", "samples.jsonl"):
+        if sample["source"] == "held out" and sample["update"] in (0, 24):
+            assert f">{sample['prompt']}<" in page and f">{sample['response']}\n" in page
 
 
 @pytest.mark.parametrize("source, updates", [("runs/whole", 24), ("runs/whole@12", 12)])
