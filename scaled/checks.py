@@ -97,4 +97,4 @@ def refusing(what: str):
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{what}: {text[:300] or type(error).__name__}") from error
+        raise ValueError(f"{what}: {text[:400] or type(error).__name__}") from error

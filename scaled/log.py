@@ -13,7 +13,7 @@ from scaled.console import Table
 from scaled.folder import CURVES, SAMPLES, append, cut_back, naming, write_aside
 from scaled.terminal import say, width
 
-PAUSE = 10.0  # seconds at least between two pictures, of which each takes about one
+PAUSE = 20.0  # seconds at least between two pictures, of which each takes about one
 LAYERS = 12  # for more the legend of the picture has no room: it gets their mean
 ROUNDING = 1e-12  # nats: a KL below is 0, and a logarithmic axis should not reach down to it
 
@@ -44,8 +44,8 @@ class Log:
     it in metrics.jsonl was of updates that are made again."""
 
     def __init__(self, c: Config, folder: Path, lines: str, version: int, silent: bool):
-        self.folder, self.lines, self.silent, self.drawn = folder, lines, silent, -PAUSE
-        self.path, self.writers = folder / checkpoint.ROWS, []
+        self.folder, self.lines, self.silent = folder, lines, silent
+        self.path, self.writers, self.drawn = folder / checkpoint.ROWS, [], time.monotonic()
         if silent:
             return
         write_aside(self.path, lines)
@@ -87,7 +87,7 @@ class Log:
                 writer.write(scalars(row), row["update"])
 
     def draw(self, last: bool = False):
-        """The curves so far; seldom enough to cost nothing, unless it is the last time."""
+        """The curves so far; seldom enough to cost little, unless it is the last time."""
         if self.silent or not last and time.monotonic() < self.drawn + PAUSE:
             return
         with naming(self.folder / CURVES):

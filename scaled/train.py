@@ -108,7 +108,8 @@ def train(run: "Run", stop: Callable[[], bool]):
     log = Log(c, folder, run.lines, run.version, silent=RANK > 0)
     run.phases.starting("giving the inference engine the trainer's weights")
     run.sync()
-    run.phases.starting(f"first score, of {len(run.held_out)} prompts")
+    if run.held_out:
+        run.phases.starting(f"first score, of {len(run.held_out)} prompts")
     scores = run.evaluate() | {"sync_difference": run.difference}
     run.phases.begin(c.updates, run.version)
     log.begin(scores, run.version, run.take_samples())
@@ -124,8 +125,7 @@ def train(run: "Run", stop: Callable[[], bool]):
         if run.version - saved >= c.checkpoint_every or run.version >= c.updates:
             save()
             saved = run.version
-        if run.version == saved or c.scored(run.version):
-            log.draw()
+        log.draw()
     if saved < run.version or not run.version:  # stopped, perhaps before the first update
         save()
     run.phases.bar.close()
@@ -175,8 +175,9 @@ def main(argv: list[str] | None = None) -> int:
         if run.version < c.updates:
             say(f"stopped by SIGTERM after update {run.version} of {c.updates}; "
                 f"--resume {c.name} goes on")
-        say(f"{folder} has {CURVES}, {checkpoint.ROWS}, {SAMPLES}; a Hugging Face folder\n"
-            f"of the policy: python -m scaled.export {folder} DIR")
+        say(f"{folder} has {CURVES}, {checkpoint.ROWS}, {SAMPLES}\n"
+            f"a page about it: python -m scaled.report {folder}\n"
+            f"a Hugging Face folder of the policy: python -m scaled.export {folder} DIR")
     ranks.end()
     return 0
 

@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
 def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
     out, rows = (folder / "out").read_text(), metrics(folder, "whole")
     assert "score 0." in out.splitlines()[0]  # before the first update
-    assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) == 28
+    assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) == 29
     steps = (folder / "err").read_text().splitlines()
     assert "loading the inference engine …" in steps and steps[-1] == "first score, of 512 prompts …"
     assert all(step.endswith(" …") for step in steps)  # no library has a word there
