@@ -16,6 +16,7 @@ from scaled.data import Prompt, end_tokens, load_prompts
 from scaled.families import route_shape
 from scaled.huggingface import check_weights
 from scaled.objectives import Objective, load_objective
+from scaled.ranks import RANK
 from scaled.rewards import (
     Math, Own, Score, exact_match, grade, load_reward, require_reference, running_sum)
 from scaled.vllm_internals import check_served, check_vllm
@@ -42,6 +43,8 @@ def read_material(c: Config, make_checkpoint: Callable = lambda: None) -> Materi
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
+    if c.wandb:
+        check_wandb()
     objective = load_objective(c.objective)
     objective.options(c)
     reward = load_reward(c.reward, c.reward_seconds)
@@ -105,6 +108,16 @@ def read_prompts(c: Config, source: str, split: str, tokenizer: PreTrainedTokeni
         source, tokenizer, split=split, prompt_column=c.prompt_column, chat=c.chat,
         answer_column=c.answer_column, max_prompt=c.max_prompt, system=c.system,
         vocabulary=vocabulary)
+
+
+def check_wandb():
+    """ValueError without the package, or if it has neither an account nor leave to stay offline."""
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb: the package is missing; pip install wandb")
+    import wandb
+    if RANK == 0:
+        with refusing("--wandb"):
+            wandb.login()
 
 
 def check_fit(c: Config, config: PreTrainedConfig):

@@ -78,6 +78,8 @@ def read_rows(path: Path) -> list[dict]:
     for number, text in enumerate(lines, 1):
         try:
             row = json.loads(text)
+            if row["update"] == 0:  # the score before the first
+                continue
             fine = all(0 <= row[key] <= 1e12 for key in NEEDED)
             fine = fine and row["seconds"] > 0 < row["train_seconds"]
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
