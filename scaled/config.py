@@ -167,7 +167,8 @@ def options_text(c: Config) -> str:
 # The first option of each section above, and its title in --help.
 SECTIONS = {"name": "the run", "checkpoint": "the model", "train_data": "data and rewards",
             "prompts": "reinforcement learning, as in nano_moe_rl", "lr": "the training engine",
-            "rollout_precision": "the inference engine", "eval_every": "evaluation", "watch": "what watches over the metrics"}
+            "rollout_precision": "the inference engine", "eval_every": "evaluation",
+            "watch": "what watches over the metrics"}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
