@@ -540,8 +540,10 @@ def draw(rows: list[dict], path: Path):
             axes.set_yscale("log", nonpositive="mask")  # the staleness of a first update is 0
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    axes.legend(range(len(points[0][1]) if points else 0))
+    if figure.axes[0].lines:  # scaled/ can be without a score
+        figure.axes[0].legend()
+    if points and len(points[0][1]) <= 12:  # layers; for more there is no room
+        axes.legend(range(len(points[0][1])))
     figure.savefig(buffer, format="png", dpi=100)
     save(path, buffer.getvalue())
 

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from scaled.policy import Policy
+if TYPE_CHECKING:  # imports transformers, for which --help should not wait
+    from scaled.policy import Policy
 
 FILES = "files.json"
 OPTIONS, ROWS = "config.json", "metrics.jsonl"
@@ -80,7 +82,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state_of(policy: Policy, optimizer: torch.optim.Optimizer, version: int) -> dict:
+def state_of(policy: "Policy", optimizer: torch.optim.Optimizer, version: int) -> dict:
     """What a checkpoint has of this rank. The version is all the state there is beside weights and
     optimiser: prompts, samples and the learning rate follow from it and the seed."""
     fresh = not optimizer.state
@@ -99,7 +101,7 @@ def prepare(target: Path) -> Path:
     return aside
 
 
-def save(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, version: int, keep: int,
+def save(folder: Path, policy: "Policy", optimizer: torch.optim.Optimizer, version: int, keep: int,
          texts: dict[str, str]):
     """Writes folder/update-VERSION aside and renames it when all ranks are done, then removes all
     but the newest `keep` and the best. texts, of rank 0: what OPTIONS and ROWS have. A collective.
@@ -247,7 +249,7 @@ def options(folder: Path) -> tuple[dict, int]:
                      if reasons else f"{folder} has no checkpoint")
 
 
-def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer | None) -> int:
+def load(path: Path, policy: "Policy", optimizer: torch.optim.Optimizer | None) -> int:
     """Weights and, unless None, optimiser state, in place -> policy version. A collective.
     ValueError if they are not of this model."""
     model, optim = get_state_dict(policy, optimizer or [])

@@ -16,6 +16,7 @@ from scaled.data import Prompt, end_tokens, load_prompts
 from scaled.families import route_shape
 from scaled.huggingface import check_weights
 from scaled.objectives import Objective, load_objective
+from scaled.ranks import RANK
 from scaled.rewards import (
     Math, Own, Score, exact_match, grade, load_reward, require_reference, running_sum)
 from scaled.vllm_internals import check_served, check_vllm
@@ -42,6 +43,8 @@ def read_material(c: Config, make_checkpoint: Callable = lambda: None) -> Materi
     check_vllm()
     if c.tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard: the package is missing; pip install tensorboard")
+    if c.wandb:
+        check_wandb()
     objective = load_objective(c.objective)
     objective.options(c)
     reward = load_reward(c.reward, c.reward_seconds)
@@ -107,8 +110,24 @@ def read_prompts(c: Config, source: str, split: str, tokenizer: PreTrainedTokeni
         vocabulary=vocabulary)
 
 
+def check_wandb():
+    """ValueError without the package, or if it has neither an account nor leave to stay offline."""
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb: the package is missing; pip install wandb")
+    import wandb
+    if RANK == 0:
+        with refusing("--wandb"):
+            wandb.login()
+
+
 def check_fit(c: Config, config: PreTrainedConfig):
-    """ValueError for a model that cannot do what the options ask."""
+    """ValueError for a model that cannot do what the options ask, here."""
+    check_model(c, config)
+    check_served(config, c.rollout_precision)
+
+
+def check_model(c: Config, config: PreTrainedConfig):
+    """ValueError for a model that cannot do what the options ask, whatever the device."""
     text = config.get_text_config()
     if c.replay != "none" or c.watch == "back" and c.watch_change == "R3":
         with refusing(f"--checkpoint {c.checkpoint}: its routes cannot be replayed"):
@@ -118,7 +137,6 @@ def check_fit(c: Config, config: PreTrainedConfig):
     if getattr(text, "quantization_config", None) or getattr(config, "quantization_config", None):
         raise ValueError(f"--checkpoint {c.checkpoint}: its config.json says that it is quantised, "
                          "and training needs bf16 or fp32: give the one it was made from")
-    check_served(config, c.rollout_precision)
     context = text.max_position_embeddings
     if c.max_length > context:
         raise ValueError(f"--max-response {c.max_response}: with --max-prompt {c.max_prompt} it "

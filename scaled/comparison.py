@@ -45,7 +45,8 @@ def table(results: list[dict], pairs: list[dict], o: Options, width: int = 0) ->
         for name, result in zip(names, results)]
     for block in blocks(labels, models + differences, width):
         lines += ["", *block]
-    lines += ["", f"[low, high]: {100 * LEVEL:.0f} % over problems; none where all problems are alike"]
+    lines += ["", f"[low, high]: {100 * LEVEL:.0f} % over problems; none where all problems are "
+              "alike"]
     for name, result in zip(names, results):
         lines += [f"{name}: {count} {what.replace('_', ' ')}"
                   for what, count in result["counts"].items() if count]

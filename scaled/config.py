@@ -1,5 +1,6 @@
 """Every dial of a scaled run: a flat TOML file, and the command line made from the same fields."""
 
+import argparse
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nano_moe_rl import check, check_options, option
+from nano_moe_rl import check, check_options, command_line, option
 from scaled.rules import NAMES, window_of
 
 WATCH = ("log", "save", "stop", "back")
@@ -26,6 +27,7 @@ class Config:
     save_in_background: bool = option(
         True, "train on while a checkpoint is written: a second copy of it in host memory")
     tensorboard: bool = option(False, "write event files beside metrics.jsonl")
+    wandb: bool = option(False, "send the rows to Weights & Biases too, as its settings say")
 
     # the model
     checkpoint: str = option("", "Hugging Face folder to start from")
@@ -41,7 +43,7 @@ class Config:
     answer_column: str = option("answer", "what the reward compares with; \"\" if there is none")
     chat: bool = option(True, "wrap prompts in the tokenizer's chat template")
     system: str = option("", "system message put before every prompt")
-    reward: str = option("math", "that, exact_match, running_sum, or module:function")
+    reward: str = option("math", "math, exact_match, running_sum, or module:function")
     reward_seconds: float = option(600.0, "that a module:function may take for one call", low=0.1)
     max_prompt: int = option(1024, "tokens; a longer prompt is refused")
     max_response: int = option(8192, "tokens, after which a response is cut off")
@@ -110,7 +112,7 @@ class Config:
 
     # what a resumed run may have otherwise: the maths does not depend on it
     free = frozenset((
-        "updates", "checkpoint_every", "keep", "save_in_background", "tensorboard",
+        "updates", "checkpoint_every", "keep", "save_in_background", "tensorboard", "wandb",
         "reward_seconds", "token_budget", "logits_mib", "gradient_checkpointing", "cpu_offload",
         "gpu_memory", "check_sync", "check_sync_every", "eval_every", "watch", "watch_rules",
         "watch_change", "watch_times"))
@@ -119,6 +121,10 @@ class Config:
 
     def acts_on(c, rule: str) -> bool:
         return not c.watch_rules or rule in c.watch_rules.split(",")
+
+    def scored(c, version: int) -> bool:
+        """Whether a score is due after the rollout batch that ends with this update."""
+        return version % c.eval_every < c.mini_batches or version >= c.updates
 
     def check_processes(c, world_size: int):
         """ValueError if the batch cannot be shared out over this many processes."""
@@ -158,6 +164,25 @@ def check_way_back(c: Config):
 def options_text(c: Config) -> str:
     """What config.json has."""
     return json.dumps(asdict(c), indent=2)
+
+
+# The first option of each section above, and its title in --help.
+SECTIONS = {"name": "the run", "checkpoint": "the model", "train_data": "data and rewards",
+            "prompts": "reinforcement learning, as in nano_moe_rl", "lr": "the training engine",
+            "rollout_precision": "the inference engine", "eval_every": "evaluation",
+            "watch": "what watches over the metrics"}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A flag for each option, under the title of its section."""
+    made = command_line(Config, description)
+    flags = made._optionals._group_actions  # argparse has no other way to put flags elsewhere
+    for flag in flags[1:]:  # the first is --help; the others are in the order of the fields
+        if flag.dest in SECTIONS:
+            group = made.add_argument_group(SECTIONS[flag.dest])
+        group._group_actions.append(flag)
+    del flags[1:]
+    return made
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 'text in quotes'}

@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 
 import nano_moe_rl as nano
+from scaled.terminal import err
 
 
 def transformers_twin(model: nano.Model):
@@ -65,7 +67,9 @@ def export_cold_start(folder: Path, seed: int):
         return
     c, aside = nano.Config(seed=seed), folder.with_name("." + folder.name)
     shutil.rmtree(aside, ignore_errors=True)
-    export_nano(nano.cold_start(c), aside)
+    with redirect_stderr(err()):  # its bar is ours
+        model = nano.cold_start(c)
+    export_nano(model, aside)
     prompts, lengths = nano.make_prompts(20_000, c, torch.Generator().manual_seed(seed))
     tasks = dict.fromkeys(tuple(prompt[:length]) for prompt, length
                           in zip(prompts.tolist(), lengths.tolist()))  # each once, in order

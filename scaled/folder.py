@@ -10,7 +10,9 @@ from pathlib import Path
 from scaled import checkpoint
 from scaled.config import Config, check_name
 
-LOCK, EVENTS = ".lock", "events.jsonl"
+LOCK = ".lock"
+LOG = "log.txt"  # what libraries print
+SAMPLES, CURVES, EVENTS = "samples.jsonl", "curves.png", "events.jsonl"
 CHANGES = ("replay", "mini_batches", "lr", "watch_times")  # what going back can have changed
 
 
@@ -22,9 +24,24 @@ def write_aside(path: Path, text: str):
         os.replace(aside, path)
 
 
-def append(path: Path, text: str):
+def append(path: Path, rows: list[dict]):
+    """A JSON object a line, at the end of a file. OSError names the file."""
     with naming(path), open(path, "a") as file:
-        file.write(text)
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut_back(path: Path, version: int):
+    """Leaves the rows of a file, if there is one, up to this update: those of later ones are made
+    again. Half a row at the end goes, too."""
+    def stays(line: str) -> bool:
+        try:
+            return json.loads(line)["update"] <= version
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+
+    if path.exists():
+        lines = path.read_text(errors="replace").split("\n")
+        write_aside(path, "".join(f"{line}\n" for line in lines if stays(line)))
 
 
 @contextmanager
@@ -43,15 +60,14 @@ def check_folder(folder: Path, resume: bool):
         raise ValueError(f"--resume {folder.name}: {folder} has no checkpoint; start a run with "
                          "--config")
     if not resume and (folder.is_symlink() or folder.exists()):
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK, LOG}:
             raise ValueError(f"--name {folder.name}: is taken; give another, or " + (
                 f"--resume {folder.name}" if saved else f"remove {folder}: it has no checkpoint"))
 
 
 class Claim:
     """runs/NAME belongs to this process until it ends, however it ends. ValueError if another has
-    it, also one that came between the check and this. Nothing is left of a claim that is given up
-    before anything was written."""
+    it, also one that came between the check and this."""
 
     def __init__(self, folder: Path, resume: bool):
         self.folder = folder
@@ -72,10 +88,14 @@ class Claim:
             self.give_up()
             raise
 
-    def give_up(self):
+    def give_up(self, code: int = 0):
+        """Nothing is left of a claim that is given up before the run has written anything, but what
+        libraries said where it failed: code is the process's, and 1 for that."""
         (self.folder / LOCK).unlink(missing_ok=True)
         self.file.close()
         try:
+            if code != 1 and {path.name for path in self.folder.iterdir()} == {LOG}:
+                (self.folder / LOG).unlink()
             self.folder.rmdir()
             self.folder.parent.rmdir()
         except OSError:  # not empty: there was something before, or is now

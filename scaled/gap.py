@@ -88,7 +88,8 @@ def routes_apart(seen: Observation) -> dict:
         "agreement_by_layer": routing_agreement(seen.routing, seen.own_routing, seen.fed).tolist(),
         "agreement_by_position": [
             {"from": ([0] + POSITIONS)[i], "tokens": int(n),
-             "agreement": by_token[bins == i].mean().item()} for i, n in enumerate(bins.bincount()) if n],
+             "agreement": by_token[bins == i].mean().item()}
+            for i, n in enumerate(bins.bincount()) if n],
         "first_layer_that_differs": (first.bincount(minlength=tokens.shape[1] + 1)[:-1]
                                      / len(first)).tolist(),
         "routing_share": 1 - replayed / own if own > 1e-8 else None}
@@ -162,8 +163,8 @@ def sync_fault(scored: Tensor, candidates: dict[str, Tensor], fed: Tensor) -> st
 
 
 # What was published, of Qwen3-30B-A3B: F(2) above 0.1 marks a run that collapses, below 1e-4 is
-# what R3 leaves of the gap (arXiv 2510.11370). In arXiv 2512.01374 the best of each column was: N = 1 no
-# replay, N = 2 R2, N = 4 and 8 R3, all but the first with clipping; R3 needs a gap of routing.
+# what R3 leaves of the gap (arXiv 2510.11370). In arXiv 2512.01374 the best was: at N = 1 no
+# replay, at N = 2 R2, at N = 4 and 8 R3, all but the first with clipping.
 COLLAPSE, CLOSED = 0.1, 1e-4
 SHARE = 0.5  # of the gap, from which on replay is worth its price: our judgement
 

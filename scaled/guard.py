@@ -8,6 +8,7 @@ again, after a resume or a way back, can have the same events again.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from scaled.folder import EVENTS, append, write_aside
 from scaled.log import Log
 from scaled.ranks import RANK
 from scaled.rules import events
-from scaled.run import Run
+
+if TYPE_CHECKING:  # transformers and vLLM: only for a run that can start
+    from scaled.run import Run
 
 
 def change(c: Config) -> dict:
@@ -32,7 +35,7 @@ def change(c: Config) -> dict:
 class Guard:
     """Looks at a run after each rollout batch. Rank 0 decides, for all of them."""
 
-    def __init__(self, run: Run, log: Log, settle: Callable[[], None]):
+    def __init__(self, run: "Run", log: Log, settle: Callable[[], None]):
         """settle: waits for a checkpoint that is being written."""
         self.settle = settle
         self.run, self.log, self.stopped, self.reason = run, log, False, ""
@@ -95,12 +98,12 @@ class Guard:
             for said in filter(None, (line, f"update {at}: back to {run.version}, {changed}")):
                 self.log.say(said)
         self.rows = [row for row in self.rows if row["update"] <= run.version]
-        self.log.rewind(run.lines, f"abandoned-{run.version:06}-{at:06}.jsonl")
+        self.log.rewind(run.lines, run.version, f"abandoned-{run.version:06}-{at:06}.jsonl")
         run.sync()
+        run.phases.begin(run.c.updates, run.version)
         run.phases.seconds = {}
         return True
 
     def write(self, lines: Iterable[dict]):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        if RANK == 0 and text:
-            append(self.run.folder / EVENTS, text)
+        if RANK == 0 and (lines := list(lines)):
+            append(self.run.folder / EVENTS, lines)

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from nano_moe_rl import (
     DEVICE, Rollout, extreme_token_fraction, importance_weights, kl_k3, routing_agreement)
+from scaled.terminal import bar, err
+
+BY_PLACE = ("routing_agreement", "equal_groups")  # a list, also of one: of layers, of mini-batches
 
 
 class Sums:
@@ -66,7 +68,7 @@ class Sums:
         if "weight" in means:
             means["effective_sample_size"] = means.pop("weight")**2 / means.pop("squared_weight")
         return counts | {
-            name: x.tolist() if len(x) > 1 or name == "routing_agreement" else x.item()
+            name: x.tolist() if len(x) > 1 or name in BY_PLACE else x.item()
             for name, x in means.items()}
 
 
@@ -78,20 +80,21 @@ def weight_truncated_fraction(logprobs, old_logprobs, rollout_logprobs, mask, ki
     return (importance_weights(*tensors) < free)[mask].double().mean()
 
 
-def equal_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Whether all rewards of a group are equal, and its advantages 0: (B,) -> bool (P,)."""
+def equal_groups(rewards: Tensor, group_size: int) -> float:
+    """Share of groups whose rewards are all equal: their advantages are 0, and so is what they add
+    to the gradient. rewards (B,), a group's one after another."""
     groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(1)
+    return (groups == groups[:, :1]).all(1).double().mean().item()
 
 
 def batch_metrics(batch: Rollout, max_response: int, ends: list[int], reward_counts: dict,
-                  equal: Tensor) -> dict:
+                  equal: list[float]) -> dict:
     """Of a rollout batch, of which every rank has its rows, whatever is trained on it. `ends` are
     the tokens that end a response; reward_counts: what the reward counted on this rank, by name;
-    equal (P,): of the groups of this rank's engine, as equal_groups says."""
+    equal: equal_groups of each mini-batch, of this rank's engine."""
     sums, rows = Sums(), len(batch.tokens)
     sums.add("truncation_rate", truncated(batch, max_response, ends).double().mean(), rows)
-    sums.add("equal_groups", equal.double().mean(), len(equal))
+    sums.add("equal_groups", torch.as_tensor(equal), rows)
     sums.count("tokens", int(batch.lengths.sum()))
     sums.count("missing_routes", missing_routes(batch))
     for name, number in reward_counts.items():
@@ -131,11 +134,28 @@ def peak_memory(engine: int = 0) -> float:
 
 
 class Phases:
-    """Seconds of each phase of a rollout batch on this rank; a bar over updates names the phase."""
+    """Seconds of each phase of a rollout batch on this rank. One line of the terminal says what a
+    run is at: first the steps of its start, then a bar over updates, which names the phase."""
 
-    def __init__(self, total: int, done: int, silent: bool):
+    def __init__(self, silent: bool):
         self.seconds: dict[str, float] = {}
-        self.bar = tqdm(total=total, initial=done, disable=True if silent else None, leave=False)
+        self.silent = silent
+        self.bar = bar(desc="starting", bar_format="{desc} …", disable=True if silent else None)
+
+    def starting(self, step: str):
+        """Says what the start is at; where there is no terminal, each step has a line."""
+        self.bar.set_description_str(step)
+        if self.bar.disable and not self.silent:
+            print(f"{step} …", file=err(), flush=True)
+
+    def begin(self, total: int, done: int):
+        """The start is over: from here on a bar."""
+        self.bar.bar_format = None
+        self.bar.set_description_str(refresh=False)
+        self.bar.set_postfix_str(refresh=False)
+        self.bar.reset(total)
+        self.bar.n = self.bar.initial = done
+        self.bar.refresh()
 
     @contextmanager
     def __call__(self, name: str):

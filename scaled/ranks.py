@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nano_moe_rl import DEVICE
+from scaled.terminal import err
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TIMEOUT = timedelta(hours=1)  # of a collective; others may be grading long responses
@@ -33,7 +34,7 @@ def refuse(message: str):
     """Ends this process with code 2. For what all ranks find out by themselves, before they form a
     group: rank 0 says it in one line, the others wait until torchrun ends them."""
     if RANK == 0:
-        print(f"scaled: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"scaled: {one_line(message)}", file=err(), flush=True)
     else:
         time.sleep(10)
     sys.exit(2)
@@ -48,7 +49,8 @@ class Ranks:
         """remedy: what to do after Ctrl-C or a rank that is gone, "; --resume NAME goes on"."""
         self.remedy, self.over = remedy, False
         self.patient = self.stopping = False  # whether somebody asks stop_asked; SIGTERM has come
-        self.leave = lambda: None  # what is to be done before this process ends
+        self.leave = lambda code: None  # what is to be done before this process ends with a code
+        self.log = ""  # where libraries have said something, once they print there
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it in the middle of a meeting, too
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if DEVICE == "cuda":
@@ -106,7 +108,7 @@ class Ranks:
                     self._say(f"torchrun has ended, and all ranks with it{self.remedy}")
                 elif RANK == 1 and not self.launcher:
                     self._say(self._obituary([0]))
-                self.leave()
+                self.leave(1)
                 os._exit(1)
 
     def _signals(self) -> bytes:
@@ -124,14 +126,14 @@ class Ranks:
 
     def _obituary(self, gone: list[int]) -> str:
         return (f"rank {', '.join(map(str, gone))} ended without a word: killed, perhaps for "
-                f"memory, or by code that it ran{self.remedy}")
+                f"memory, or by code that it ran{self.log}{self.remedy}")
 
     def _announce(self, failure: str):
         """A code and a line: how all ranks end, unless another was first."""
         self.store.compare_set("failure", "", one_line(failure))
 
     def _say(self, message: str):
-        print(f"\nscaled: {message.strip()}", file=sys.stderr, flush=True)
+        print(f"\nscaled: {message.strip()}", file=err(), flush=True)
 
     def _end(self, code: str, message: str):
         if RANK == 0:
@@ -144,7 +146,7 @@ class Ranks:
             if not self.store.check(["said"]) and self.store.add("voices", 1) == 1:
                 self._say(message)  # rank 0 is gone
                 self.store.set("said", "")
-        self.leave()
+        self.leave(int(code))
         os._exit(int(code))  # the main thread may never come back from a collective
 
     # --------------------------------------------------------------------- for the main thread
@@ -157,7 +159,7 @@ class Ranks:
                 message, error, code = self._obituary(gone), None, 1
             if self.store.compare_set("first", "", str(RANK)) == str(RANK).encode():
                 if error is not None:
-                    traceback.print_exception(error)
+                    traceback.print_exception(error, file=err())
                 self._announce(f"{code} {message}")
         except RuntimeError:  # the store is gone: the thread finds that out, too
             pass
@@ -186,6 +188,6 @@ class Ranks:
         """After all work. Every rank waits for the others, so that none finds the store gone."""
         dist.barrier()
         self.over = True
-        self.leave()
+        self.leave(0)
         time.sleep(2 * POLL)
         dist.destroy_process_group()

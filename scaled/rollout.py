@@ -1,7 +1,6 @@
 """The inference engine: vLLM inside this very process, for checkpoints in a folder."""
 import gc
 import random
-import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout
 from scaled.data import end_tokens
@@ -20,8 +18,12 @@ from scaled.families import knows, moe_layers, route_shape
 from scaled.huggingface import published_names
 from scaled.quantisation import quantisation
 from scaled.replay import check_routes
+from scaled.terminal import bar, err
 from scaled.vllm_internals import (
     VLLM, check_served, check_vllm, options_for, set_environment, shut_down)
+
+# without vLLM's figures of speed, which are longer than a line
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
 def normalise_routes(routed: np.ndarray | None, *, rows: int, layers: list[int],
@@ -90,7 +92,7 @@ class Engine:
         replica = dist.get_rank() // tensor_parallel if self.external else 0
         self.seed, self.version, self.asleep = f"{seed}/{replica}", 0, set()
         first = not dist.is_initialized() or dist.get_rank() == 0
-        self.progress = partial(tqdm, leave=False) if first and sys.stderr.isatty() else False
+        self.progress = partial(bar, bar_format=BAR) if first and err().isatty() else False
         self.published = published_names(config, trust_remote_code)
         if self.external:  # for tensor_parallel 1 too: else vLLM would start a group of its own
             options["distributed_executor_backend"] = "external_launcher"

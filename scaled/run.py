@@ -1,6 +1,5 @@
 """What a run consists of, made once: data, reward, inference engine, policy, optimiser."""
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,9 @@ from scaled.policy import Policy, load_policy
 from scaled.ranks import RANK, TIMEOUT, WORLD
 from scaled.rewards import grade, take_counts
 from scaled.rollout import Engine
+from scaled.samples import COUNT, samples
 from scaled.sync import SyncCheck
+from scaled.terminal import err, say
 from scaled.trainer import logprobs_of, move
 
 
@@ -56,18 +57,23 @@ class Run:
 
     def __init__(self, c: Config, resume: bool):
         self.c, self.folder, self.engine_index = c, Path("runs", c.name), RANK // c.tensor_parallel
+        self.phases = Phases(silent=RANK > 0)
         if resume:
+            self.phases.starting("looking for the newest whole checkpoint")
             newest, line = checkpoint.newest_whole(
                 checkpoint.checkpoints(self.folder))
             if line and RANK == 0:
-                print(f"scaled: {line}", file=sys.stderr, flush=True)
+                say(f"scaled: {line}", err())
             if checkpoint.version_of(newest) >= c.updates:
                 raise ValueError(f"--updates {c.updates}: {newest} has them already; give more")
 
         def cold_start():
-            if c.nano_cold_start and RANK == 0:
-                export_cold_start(Path(c.checkpoint), c.seed)
+            if c.nano_cold_start:
+                self.phases.starting("making the cold start, if it is not there yet")
+                if RANK == 0:
+                    export_cold_start(Path(c.checkpoint), c.seed)
             dist.barrier()
+            self.phases.starting("reading checkpoint and data")
         material = read_material(c, cold_start)
         self.tokenizer, self.reward = material.tokenizer, material.reward
         self.prompts, self.held_out = material.prompts, material.held_out
@@ -75,28 +81,32 @@ class Run:
         self.loss_fn = partial(material.objective.loss, **material.objective.options(c))
         self.order = PromptOrder(len(self.prompts), c.seed)
         if ":" in c.reward and RANK == 0:
-            print(f"reward {c.reward} was tried on {material.tried} of "
-                  f"{len(self.prompts + self.held_out)} rows", flush=True)
+            say(f"reward {c.reward} was tried on {material.tried} of "
+                f"{len(self.prompts + self.held_out)} rows")
 
+        self.phases.starting("loading the inference engine")
         self.engine = make_engine(c)
         self.fixed = [p.tokens for p in self.prompts[:8] if len(p.tokens) > 1]
         scored = self.engine.score(self.fixed) if c.check_sync else None
         self.engine.sleep()
         self.engine_bytes = torch.cuda.memory_allocated()  # torch still counts them; 0 on a CPU
 
+        self.phases.starting("loading the training engine")
         self.policy = make_policy(c)
         self.optimizer = adamw(self.policy, c.lr, c.weight_decay)
         self.logprobs_of = partial(logprobs_of, self.policy)
         self.check = SyncCheck(c.check_sync, c.check_sync_every)
         if scored:
+            self.phases.starting("checking the weights of one engine against the other's")
             self.check(self.engine, self.logprobs_of, self.fixed, scored)
 
         self.version, self.lines = 0, ""  # of metrics.jsonl
+        self.samples: list[dict] = []  # of rank 0, until somebody takes them
         if resume:
+            self.phases.starting(f"loading {newest}")
             self.restore(newest)
         # the ranks of one engine have the same responses: the first grades them for all
         self.peers, _ = dist.new_subgroups(c.tensor_parallel, backend="gloo", timeout=TIMEOUT)
-        self.phases = Phases(c.updates, self.version, silent=RANK > 0)
 
     def restore(self, path: Path):
         """Weights, optimiser state, version and rows are those of a checkpoint. A collective."""
@@ -130,12 +140,23 @@ class Run:
         taken = self.order.take(self.version * c.prompts, n_prompts)
         mine = prompts_of_engine(
             n_prompts, c.prompts, WORLD // c.tensor_parallel, self.engine_index)
+        asked = [self.prompts[taken[i]] for i in mine]
         with self.phases("rollout"):
-            batch = self.generate([self.prompts[taken[i]] for i in mine], c.group_size,
-                                  self.version)
+            batch = self.generate(asked, c.group_size, self.version)
             self.engine.sleep()
             self.move_trainer(DEVICE)
+        if not self.version or c.scored(self.version + c.mini_batches):
+            self.sample(batch, asked, "training", 1 if self.held_out else COUNT)
         return batch
+
+    def sample(self, rollout: Rollout, asked: list, source: str, count: int):
+        if RANK == 0:
+            self.samples += samples(rollout, asked, self.tokenizer, source, count, self.engine.eos,
+                                    self.c.max_response)
+
+    def take_samples(self) -> list[dict]:
+        taken, self.samples = self.samples, []
+        return taken
 
     def generate(self, prompts: list, group_size: int, seed: int, top_p: float = 1.0) -> Rollout:
         """Graded responses of this rank's engine."""
@@ -168,5 +189,6 @@ class Run:
         if mine:
             rollout = self.generate(mine, c.eval_samples, 2**61, c.eval_top_p)
             sums.add("score", rollout.rewards.mean(), len(rollout.rewards))
+            self.sample(rollout, mine, "held out", COUNT)
         sums.count("score_errors", sum(take_counts(self.reward).values()))
         return sums.over_ranks()

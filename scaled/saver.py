@@ -2,14 +2,17 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from scaled import checkpoint
-from scaled.policy import Policy
 from scaled.ranks import TIMEOUT
+
+if TYPE_CHECKING:
+    from scaled.policy import Policy
 
 
 class Saver:
@@ -24,7 +27,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if background else None
         self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, version: int,
+    def save(self, policy: "Policy", optimizer: torch.optim.Optimizer, version: int,
              texts: dict[str, str]):
         """As checkpoint.save; what goes wrong in the background is raised by a later call of any
         method. A collective."""

@@ -11,51 +11,66 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nano_moe_rl import Rollout, command_line
+import torch.distributed as dist
+
+from nano_moe_rl import Rollout
 from scaled import checkpoint
 from scaled.batches import rows_of_rank, take
-from scaled.config import Config, options_text, read_config
-from scaled.folder import Claim, check_folder, resumed_config, write_aside
+from scaled.config import options_text, parser, read_config
+from scaled.folder import CURVES, LOG, SAMPLES, Claim, check_folder, resumed_config, write_aside
 from scaled.guard import Guard
 from scaled.log import Log
 from scaled.metrics import batch_metrics, equal_groups, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
-from scaled.run import Run
+from scaled.samples import routes_of
 from scaled.saver import Saver
+from scaled.terminal import give_away, say
 from scaled.trainer import prepare_batch, train_step
 
+if TYPE_CHECKING:
+    from scaled.run import Run
 
-def train_batch(run: Run) -> list[dict]:
+
+def train_batch(run: "Run") -> list[dict]:
     """One rollout batch and its N updates -> N rows of metrics. prompts → rollout → reward →
     advantage → routing → log-probabilities → loss → step; the caller syncs the weights."""
     c = run.c
     batch = run.rollout()
     batch = replace(batch, advantages=run.advantages(batch.rewards, c.group_size))
-    equal = equal_groups(batch.rewards, c.group_size)  # while the groups are whole
+    equal = [equal_groups(rewards, c.group_size) for rewards in batch.rewards.chunk(c.mini_batches)]
     batch = take(batch, rows_of_rank(len(batch.tokens), c.mini_batches, c.tensor_parallel,
                                      RANK % c.tensor_parallel))
-    shared = batch_metrics(batch, c.max_response, run.engine.eos, take_counts(run.reward), equal)
+    shared = batch_metrics(
+        batch, c.max_response, run.engine.eos, take_counts(run.reward), equal)
     with run.phases("old"):
         batch = prepare_batch(run.policy, batch, c)
-    return [update(run, part) | shared for part in batch.split(len(batch.tokens) // c.mini_batches)]
+    experts = [] if run.samples else None  # of row 0, the first of the samples
+    rows = [update(run, part, experts) | shared
+            for part in batch.split(len(batch.tokens) // c.mini_batches)]
+    for row, share in zip(rows, shared["equal_groups"], strict=True):
+        row["equal_groups"] = share
+    if experts:
+        run.samples[0] |= routes_of(batch, *experts, run.tokenizer)
+    return rows
 
 
-def update(run: Run, part: Rollout) -> dict:
-    """One update at the learning rate of its turn -> a row of metrics."""
+def update(run: "Run", part: Rollout, experts: list | None) -> dict:
+    """One update at the learning rate of its turn -> a row of metrics; experts as in train_step."""
     c, lr = run.c, run.c.lr * min(1, (run.version + 1) / run.c.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     with run.phases("train"):
-        metrics = train_step(run.policy, run.optimizer, part, c, run.loss_fn)
+        metrics = train_step(run.policy, run.optimizer, part, c, run.loss_fn, experts)
     run.version += 1
     run.phases.bar.update()
     return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
-            "routing_agreement": None, "sync_difference": None} | metrics
+            "sync_difference": None, "routing_agreement": None} | metrics
 
 
-def learn(run: Run, stop: Callable[[], bool]) -> Iterator[list[dict]]:
+def learn(run: "Run", stop: Callable[[], bool]) -> Iterator[list[dict]]:
     """RL until `updates` or a stop, from weights that the engine has. Yields the rows of each
     rollout batch. stop is a collective."""
     while run.version < run.c.updates and not stop():
@@ -66,13 +81,14 @@ def learn(run: Run, stop: Callable[[], bool]) -> Iterator[list[dict]]:
         for row in rows:
             row |= spent | {"tokens_per_second_per_device": row.pop("tokens") / WORLD / (
                 spent["seconds"] * c.mini_batches)}
-        if run.version % c.eval_every < c.mini_batches or run.version >= c.updates:
-            rows[-1] |= run.evaluate()
+        if c.scored(run.version):
+            with run.phases("score"):
+                rows[-1] |= run.evaluate()
             run.phases.seconds = {}
         yield rows
 
 
-def cost(run: Run) -> dict:
+def cost(run: "Run") -> dict:
     """Seconds an update of the rollout batch that ends here, by phase, and memory."""
     seconds, run.phases.seconds = run.phases.seconds, {}
     seconds["rollout"] -= seconds["reward"]  # which is inside it
@@ -81,16 +97,22 @@ def cost(run: Run) -> dict:
         f"{name}_seconds": s / run.c.mini_batches for name, s in seconds.items()}
 
 
-def train(run: Run, stop: Callable[[], bool]) -> str:
-    """A run in runs/NAME: config.json, metrics.jsonl, events.jsonl, checkpoints, and event files if
-    asked for. One that is stopped is saved -> by what, "" if it came to its end."""
+def train(run: "Run", stop: Callable[[], bool]) -> str:
+    """A run in runs/NAME: config.json, metrics.jsonl, samples.jsonl, events.jsonl, curves.png,
+    checkpoints, and event files if asked for. One that is stopped is saved -> by what, "" if it
+    came to its end."""
     c, folder = run.c, run.folder
     if RANK == 0:
         write_aside(folder / checkpoint.OPTIONS, options_text(c))
         checkpoint.set_aside(folder, run.version)
-    log = Log(folder, run.phases.bar, lines=run.lines, tensorboard=c.tensorboard, silent=RANK > 0)
-    run.sync()
-    log.begin(run.version, run.evaluate()["score"])
+    log = Log(c, folder, run.lines, run.version, silent=RANK > 0)
+    run.phases.starting("giving the inference engine the trainer's weights")
+    difference = run.sync()
+    if run.held_out:
+        run.phases.starting(f"first score, of {len(run.held_out)} prompts")
+    scores = run.evaluate() | {"sync_difference": difference}
+    run.phases.begin(c.updates, run.version)
+    log.begin(scores, run.version, run.take_samples())
     run.phases.seconds = {}
     saver = Saver(folder, c.keep, c.save_in_background)
     saved, guard = run.version, Guard(run, log, saver.wait)
@@ -103,27 +125,29 @@ def train(run: Run, stop: Callable[[], bool]) -> str:
         save()  # there is always something to go back to
     for rows in learn(run, lambda: stop() or guard.stopped):
         saver.look()
-        log.add(rows)
+        log.add(rows, run.take_samples())
         act, due = guard.look(rows), run.version - saved >= c.checkpoint_every
         if act == "back":
             saved = run.version
         elif act == "save" or due or run.version >= c.updates:
             save()
             saved = run.version
+        log.draw()
     if saved < run.version or not run.version:  # stopped, perhaps before the first update
         save()
     saver.wait()
+    run.phases.bar.close()
     log.close()
     return "" if run.version >= c.updates else guard.reason if guard.stopped else "SIGTERM"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 1 for a run that failed, 2 for one that was refused. torchrun makes both 1."""
-    parser = command_line(Config, __doc__.split("\n")[0])
-    parser.error = refuse
-    parser.add_argument("--config", metavar="FILE", help="TOML file of options, for a new run")
-    parser.add_argument("--resume", metavar="NAME", help="go on from runs/NAME's newest checkpoint")
-    given = vars(parser.parse_args(argv))
+    flags = parser(__doc__.split("\n")[0])
+    flags.error = refuse
+    flags.add_argument("--config", metavar="FILE", help="TOML file of options, for a new run")
+    flags.add_argument("--resume", metavar="NAME", help="go on from runs/NAME's newest checkpoint")
+    given = vars(flags.parse_args(argv))
     path, resume = given.pop("config", None), given.pop("resume", None)
     try:
         if (path is None) == (resume is None):
@@ -138,25 +162,31 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if RANK == 0:
             ranks.leave = Claim(folder, resume is not None).give_up
+        dist.barrier()  # the folder is there
+        give_away(folder / LOG)
+        ranks.log = f"; {folder / LOG} has what libraries said"
+        from scaled.run import Run  # transformers and vLLM: only for a run that can start
         run = Run(c, resume is not None)
     except ValueError as error:  # of what was asked
         ranks.fail(str(error), code=2)
     except BaseException as error:  # also SystemExit, of a checkpoint's code
-        ranks.fail(f"rank {RANK} at the start: {type(error).__name__}: {error}", 1, error)
+        what = f"{type(error).__name__}: {error}{ranks.log}"
+        ranks.fail(f"rank {RANK} at the start: {what}", 1, error)
     try:
         ranks.patient = True
         stopped = train(run, ranks.stop_asked)
     except (OSError, FloatingPointError) as error:  # say it themselves: a full disk, a loss of NaN
         ranks.fail(f"rank {RANK} at update {run.version}: {error}{ranks.remedy}", 1)
     except BaseException as error:
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}{ranks.log}"
         ranks.fail(f"rank {RANK} at update {run.version}: {what}", 1, error)
     if RANK == 0:
         if stopped:
-            print(f"stopped by {stopped} after update {run.version} of {c.updates}; "
-                  f"--resume {c.name} goes on")
-        print(f"{folder}/metrics.jsonl has the numbers; python -m scaled.export {folder} DIR makes "
-              "a Hugging Face folder of the policy")
+            say(f"stopped by {stopped} after update {run.version} of {c.updates}; "
+                f"--resume {c.name} goes on")
+        say(f"{folder} has {CURVES}, {checkpoint.ROWS}, {SAMPLES}\n"
+            f"a page about it: python -m scaled.report {folder}\n"
+            f"a Hugging Face folder of the policy: python -m scaled.export {folder} DIR")
     ranks.end()
     return 0
 

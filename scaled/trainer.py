@@ -2,32 +2,35 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nano_moe_rl import DEVICE, Rollout
 from scaled.batches import equal_passes, take
 from scaled.config import Config
 from scaled.metrics import Sums
-from scaled.policy import Policy
 from scaled.ranks import RANK
 from scaled.replay import routed
+from scaled.terminal import bar
+
+if TYPE_CHECKING:  # imports transformers, for which --help should not wait
+    from scaled.policy import Policy
 
 
 def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
     """The rows of each forward pass, and these rows on the device. As many passes on every rank;
     one without rows carries a stand-in that counts for nothing."""
-    for rows in tqdm(equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE), "passes",
-                     leave=False, disable=True if RANK else None):
+    for rows in bar(equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE), "passes",
+                    delay=2, disable=True if RANK else None):
         part = take(batch, rows)  # routes stay narrow, here and on the device
         yield rows, replace(part, **{name: x.to(DEVICE) for name, x in vars(part).items()
                                      if isinstance(x, Tensor)})
 
 
-def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
+def move(policy: "Policy", optimizer: torch.optim.Optimizer, device: str):
     """Weights, buffers and optimiser state to a device, in place: off a GPU while the engine
     samples, and back. Gradients have to be gone. Frees what torch has cached on the GPU."""
     policy.to(device)  # the parameters stay the objects that FSDP and the optimiser hold
@@ -37,7 +40,7 @@ def move(policy: Policy, optimizer: torch.optim.Optimizer, device: str):
 
 
 @torch.no_grad()
-def logprobs_of(policy: Policy, tokens: Tensor, lengths: Tensor, routing: Tensor | None,
+def logprobs_of(policy: "Policy", tokens: Tensor, lengths: Tensor, routing: Tensor | None,
                 head: Tensor | None = None) -> Tensor:
     """log π (B, T) of given tokens (B, T + 1) at temperature 1, by the engine's experts, if it has
     any. lengths (B,). head: as in Policy.forward."""
@@ -47,7 +50,7 @@ def logprobs_of(policy: Policy, tokens: Tensor, lengths: Tensor, routing: Tensor
         return policy(fixed.tokens, fixed.fed, 1.0, head)[0]
 
 
-def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
+def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
     """π_old and the routing to replay, for this rank's rows of a rollout batch, on the CPU; rewards
     and advantages are there already. ValueError if a real token has no route to replay."""
     batch = replace(rollout)
@@ -71,11 +74,12 @@ def prepare_batch(policy: Policy, rollout: Rollout, c: Config) -> Rollout:
     return batch
 
 
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout, c: Config,
-               loss_fn: Callable) -> dict:
+def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollout, c: Config,
+               loss_fn: Callable, experts: list | None = None) -> dict:
     """One update from one mini-batch, of which every rank has its rows -> metrics, all of them from
     before the update. loss_fn: as in objectives.py. FloatingPointError on every rank, weights kept,
-    if it is not finite."""
+    if it is not finite. experts, if it is empty, gets those of row 0: the engine's (T, L, A), and
+    what the trainer's routers choose."""
     counts = torch.stack([torch.tensor(len(batch.tokens)), batch.mask.sum()]).to(DEVICE)
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -93,6 +97,8 @@ def train_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollout,
         if rows:
             sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
                           c.importance_sampling)
+        if experts == [] and 0 in rows and routes.routing is not None:
+            experts += [routing[rows.index(0)].cpu() for routing in (part.routing, routes.routing)]
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)

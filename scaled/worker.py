@@ -11,6 +11,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+from scaled.terminal import err, say
+
 GRACE = 10  # seconds, after which a process that outlives its alarm is killed
 
 
@@ -39,7 +41,8 @@ class Worker:
         self.ended = os.pidfd_open(self.process.pid)
 
     def ask(self, *question):
-        """The function's answer. RuntimeError for what it raises, Ended if it does not answer."""
+        """The function's answer. RuntimeError for what it raises, and the terminal gets the
+        traceback; Ended if it does not answer."""
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()

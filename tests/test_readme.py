@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from figures import claims, outcomes, runner
 from scipy import stats
 
 import nano_moe_rl as nano
@@ -37,6 +38,14 @@ def test_pictures_exist():
     assert len(paths) == 2
     for path in paths:
         assert (ROOT / path).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+
+
+def test_the_tutorials_have_the_verdicts_of_the_runs():
+    runs = outcomes.Runs(runner.load(ROOT / "tutorials/results/core.jsonl"))
+    short = claims.short_table(runs)
+    assert short in (ROOT / "tutorials/README.md").read_text()
+    assert claims.table(runs) in (ROOT / "tutorials/results/verdicts.md").read_text()
+    assert short.count("\n") == 2 + len(claims.CLAIMS) == 22
 
 
 def test_what_it_says_of_the_grid_is_in_the_runs():

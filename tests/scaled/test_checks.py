@@ -167,3 +167,9 @@ def test_whole_checkpoints_of_families_pass_by_their_headers(tmp_path, family, t
     config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | {"tie_word_embeddings": tied})
     build(config).save_pretrained(tmp_path)
     check_weights(tmp_path, config, trust_remote_code=False)
+
+
+def test_weights_and_biases_is_refused_without_its_package(monkeypatch):
+    monkeypatch.setattr("scaled.checks.find_spec", lambda name: None if name == "wandb" else True)
+    with pytest.raises(ValueError, match="^--wandb: the package is missing; pip install wandb$"):
+        read_material(Config(checkpoint="c", train_data="d", wandb=True))

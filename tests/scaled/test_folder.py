@@ -43,6 +43,16 @@ def test_a_claim_that_is_given_up_leaves_nothing_but_what_was_there(tmp_path):
         Claim(tmp_path / "runs/b", resume=False)
     with pytest.raises(ValueError, match="--resume a: .* has no checkpoint"):
         Claim(tmp_path / "runs/a", resume=True)
+    (tmp_path / "runs/b/log.txt").touch()
+    Claim(tmp_path / "runs/b", resume=True).give_up()
+    assert (tmp_path / "runs/b/log.txt").exists()
+    (tmp_path / "runs/b/log.txt").unlink()
+    for code in (2, 143, 1):  # refused, stopped, failed: only the last has something to tell
+        claimed = Claim(tmp_path / "runs/d", resume=False)
+        (tmp_path / "runs/d/log.txt").touch()
+        claimed.give_up(code)
+        assert (tmp_path / "runs/d/log.txt").exists() == (code == 1)
+    Claim(tmp_path / "runs/d", resume=False).give_up()  # which stands in nobody's way
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--name c: .*/file/c cannot be locked for this run: Not a directory"):
         Claim(tmp_path / "file/c", resume=False)

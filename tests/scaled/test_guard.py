@@ -19,7 +19,7 @@ from scaled.export import export_nano
 from scaled.folder import resumed_config
 from scaled.metrics import Phases
 from scaled.rules import NAMES
-from scaled.run import Run, make_trainer
+from scaled.run import Run, make_policy
 
 TINY = nano.Config(layers=1, experts=4, expert_width=8, width=32, heads=1, group_size=4, max_digits=4, max_response=6)
 BAD = range(17, 25)  # updates whose rewards are bad, until a run has been there once
@@ -34,14 +34,17 @@ class TinyRun(Run):
     """Samples come from a fixed model: what is trained decides nothing but log-probabilities and so the metrics."""
     def __init__(self, c, source, faults):
         self.c, self.folder, self.faults = c, source / "runs" / c.name, faults
-        self.policy, self.optimizer = make_trainer(c)
+        self.policy = make_policy(c)
+        self.optimizer = nano.adamw(self.policy, c.lr)
         self.engine = SimpleNamespace(eos=[nano.EOS], sleep=lambda: None)
         self.reward = SimpleNamespace(counts={})
         self.version, self.lines, self.engine_bytes, self.syncs = 0, "", 0, []
+        self.samples, self.held_out = [], []
+        self.advantages, self.loss_fn = nano.group_advantages, nano.minirl_loss
         self.folder.mkdir(parents=True, exist_ok=True)
         if saved := checkpoint.checkpoints(self.folder):
             self.restore(saved[-1])
-        self.phases = Phases(c.updates, self.version, silent=True)
+        self.phases = Phases(silent=True)
 
     def sync(self):
         self.syncs.append(self.version)
@@ -79,7 +82,7 @@ def made(source, monkeypatch):
     """made(options) -> the run that has come to its end, and by what. Each test has a runs folder of its own."""
     shutil.rmtree(source / "runs", ignore_errors=True)
     monkeypatch.chdir(source)
-    monkeypatch.setattr(train, "take_counts", lambda reward: {})
+    monkeypatch.setattr(train, "take_counts", lambda reward: dict(errors=0, timeouts=0))
 
     def make(c, faults=True, stop=lambda: False):
         run = TinyRun(c, source, faults)
@@ -88,7 +91,9 @@ def made(source, monkeypatch):
 
 
 def lines(folder, name):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    """All but row 0, of the start."""
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [line for line in found if line["update"]]
 
 
 def untimed(rows):

@@ -83,7 +83,7 @@ def test_a_run_and_its_export(folder):
     done = start(folder, "scaled.train", "--config", "run.toml", "--trust-remote-code", "--replay", "none")
     assert done.returncode == 0, done.stderr
     assert "reward even:reward was tried on 20 of 20 rows" in done.stdout.splitlines()
-    rows = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
+    _, *rows = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and all(row["routing_agreement"] is None and row["missing_routes"] == 0 for row in rows)
     assert all(row["grad_norm"] > 0 and row["mismatch_kl"] < 1e-8 for row in rows)
     assert rows[0]["staleness_kl"] < 1e-12 < rows[1]["staleness_kl"]

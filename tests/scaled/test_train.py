@@ -1,19 +1,23 @@
 """Whole runs under torchrun: two processes with real vLLM and FSDP2, as a user starts them."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import nano_moe_rl as nano
 from processes import finish, start
-from scaled import export, train
+from scaled import export, report, train
 from scaled.run import Run
 from scaled.config import Config, read_config
 from scaled.checkpoint import digest
@@ -23,8 +27,8 @@ from tiny_run import METRICS as NANO_METRICS
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
-        "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
-        "old_seconds", "train_seconds", "sync_seconds", "weight_truncated_fraction", "equal_groups", "sync_difference"}
+        "sync_difference", "weight_truncated_fraction", "equal_groups", "peak_memory_gib",
+        "tokens_per_second_per_device", "rollout_seconds", "reward_seconds", "old_seconds", "train_seconds", "sync_seconds"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
@@ -37,14 +41,22 @@ def run(folder, *argv, **options):
     return out
 
 
+def lines_of(folder, name, file):
+    return [json.loads(line) for line in Path(folder, "runs", name, file).read_text().splitlines()]
+
+
 def metrics(folder, name):
-    lines = Path(folder, "runs", name, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    """The rows of all updates. Row 0 is the policy before the first one."""
+    first, *rows = lines_of(folder, name, "metrics.jsonl")
+    assert first.keys() == {"update", "score", "score_errors", "sync_difference"} and first["update"] == 0
+    return rows
 
 
 def untimed(rows):
+    """Without times, and without what only some updates have, which of them the intervals say."""
     return [{key: value for key, value in row.items()
-             if key not in TIMED | {"score", "score_errors"} and not key.endswith("_seconds")} for row in rows]
+             if key not in TIMED | {"score", "score_errors", "sync_difference"} and not key.endswith("_seconds")}
+            for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +66,17 @@ def folder(tmp_path_factory):
     out = run(folder, "--name", "whole", "--updates", 24, "--eval-every", 8, "--checkpoint-every", 12,
               "--tensorboard")
     (folder / "out").write_text(out)
+    (folder / "err").write_text(run.err)
     return folder
 
 
 def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
     out, rows = (folder / "out").read_text(), metrics(folder, "whole")
     assert "score 0." in out.splitlines()[0]  # before the first update
-    assert max(map(len, out.splitlines()[:-1])) <= 80 and len(out.splitlines()) == 27
+    assert max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) == 29
+    steps = (folder / "err").read_text().splitlines()
+    assert "loading the inference engine …" in steps and steps[-1] == "first score, of 512 prompts …"
+    assert all(step.endswith(" …") for step in steps)  # no library has a word there
     assert [row["update"] for row in rows] == list(range(1, 25))
     assert [row["update"] for row in rows if row["score"] is not None] == [8, 16, 24]
     for row in rows:
@@ -68,15 +84,70 @@ def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
         assert row["missing_routes"] == row["reward_errors"] == row["reward_timeouts"] == 0
         assert len(row["routing_agreement"]) == 3 and min(row["routing_agreement"]) > 0.9
         assert row["reward"] * 256 % 1 == 0
-        assert row["equal_groups"] * 128 % 1 == 0  # the groups of a rollout batch
     # the first sync was before the first update; of N = 4 updates the last has the next
     assert [row["update"] for row in rows if row["sync_difference"] is not None] == [4, 8]
     # N = 4: the first mini-batch of a rollout batch is on-policy, the others are not
     stale = [row["staleness_kl"] for row in rows]
     assert max(stale[0::4]) < 1e-9 < 1e-6 < min(stale[1::4])
+    first, *_ = lines_of(folder, "whole", "metrics.jsonl")
+    assert f"score {first['score']:.3f} before update 1" in out and first["score"] * 512 % 1 == 0
+    checked = [row["update"] for row in rows if row["sync_difference"] is not None]
+    assert checked == [4, 8] and 0 < first["sync_difference"] < 0.1  # the first three syncs, of which one is before
+    # with 32 groups an update, none of 24 gave no gradient at all, and few gave a whole one
+    assert all(row["equal_groups"] * 32 % 1 == 0 and row["equal_groups"] < 1 for row in rows)
+    assert any(row["equal_groups"] > 0 for row in rows)
     names = {path.name for path in (folder / "runs/whole").iterdir()}
-    assert {"config.json", "metrics.jsonl", "update-000012", "update-000024"} < names
-    assert sum(name.startswith("events.out.") for name in names) == 1 and len(names) == 5
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "log.txt", "update-000012",
+            "update-000024"} < names
+    assert sum(name.startswith("events.out.") for name in names) == 1 and len(names) == 8
+    assert imread(folder / "runs/whole/curves.png").shape == (600, 1200, 4)
+
+
+def test_a_plan_with_the_metrics_of_the_run_has_its_seconds(folder):
+    """Of the rollout batches after the first; prompts of 3 to 5 digits and "="."""
+    code, out, err = finish(start(folder, "scaled.plan", "--config", LAPTOP, "--gpus", 2, "--json", "--metrics",
+                                  "runs/whole/metrics.jsonl", ranks=0))
+    assert code == 0, err
+    numbers, rows = json.loads(out), metrics(folder, "whole")[4:]
+    for name in ("rollout", "reward", "old", "train", "sync"):
+        mean = sum(row[f"{name}_seconds"] for row in rows) / len(rows)
+        assert numbers["seconds"][name] == pytest.approx(mean)
+    assert 4 <= numbers["measured"]["mean_prompt"] <= 6 and numbers["measured"]["unlike"] == []
+
+
+def test_event_files_have_the_numbers_by_layer(folder):
+    events = EventAccumulator(str(folder / "runs/whole")).Reload()
+    rows = metrics(folder, "whole")
+    for layer in range(3):
+        told = [(event.step, event.value) for event in events.Scalars(f"routing_agreement/{layer}")]
+        assert told == [(row["update"], pytest.approx(row["routing_agreement"][layer])) for row in rows]
+    assert [event.step for event in events.Scalars("score")] == [0, 8, 16, 24]
+
+
+def test_samples_are_graded_texts_and_show_routes(folder):
+    """Every reward once more from the text; the experts of both engines against the agreement of all tokens."""
+    rows = lines_of(folder, "whole", "samples.jsonl")
+    written = [(row["update"], row["version"], row["source"]) for row in rows]
+    held_out = [(update, update, "held out") for update in (0, 8, 16, 24) for _ in range(4)]
+    training = [(update, update - 4, "training") for update in (4, 8, 16, 24)]
+    assert sorted(written) == sorted(held_out + training) and [update for update, *_ in written] == sorted(
+        update for update, *_ in written)
+    asked = [row["prompt_id"] for row in rows if row["source"] == "held out"]
+    assert asked == asked[:4] * 4 and len(set(asked)) == 4
+    for row in rows:
+        *digits, ask = row["prompt"].split()
+        answer = str(sum(map(int, digits)) % 10)
+        right = row["response"].split()[-2:] == [":", answer] and not row["truncated"]
+        assert ask == "=" and row["reference"] == answer and row["reward"] == right
+        if row["source"] == "training":
+            tokens = len(row["tokens"])
+            assert row["tokens"][:row["response_from"]] == row["prompt"].split()
+            assert row["tokens"][row["response_from"]:] == row["response"].split()  # the last token is never fed
+            engine, trainer = (np.array(row[f"{name}_experts"]) for name in ("engine", "trainer"))
+            assert engine.shape == trainer.shape == (tokens, 3, 2)
+            same = (np.sort(engine) == np.sort(trainer)).all(-1)
+            assert same.mean() > 0.85 and (engine[..., 0] != engine[..., 1]).all()
+    assert len({row["response"] for row in rows}) > 8
 
 
 def test_reward_rises(folder):
@@ -92,15 +163,36 @@ def test_resume_equals_no_interruption_whatever_was_lost_after_the_checkpoint(fo
     (parts / "update-000012/__1_0.distcp").write_text("")
     (parts / "metrics.jsonl").unlink()
     (parts / "config.json").unlink()
+    with open(parts / "samples.jsonl", "a") as file:
+        file.write('{"update": 8, "ver')
     run(folder, "--resume", "parts", "--updates", 16, "--logits-mib", 500, "--no-tensorboard", "--keep", 1,
         "--checkpoint-every", 8)
-    assert [line for line in run.err.splitlines() if line.startswith("scaled: ")] == [
+    assert [line for line in run.err.splitlines() if not line.endswith(" …")] == [
         "scaled: runs/parts/update-000012 is damaged (__1_0.distcp is not as it was written): going on from "
         "runs/parts/update-000008"]
     assert untimed(metrics(folder, "parts")) == untimed(metrics(folder, "whole")[:16])
+    kept = lines_of(folder, "parts", "samples.jsonl")
+    assert [row["update"] for row in kept if row["source"] == "held out"] == sorted([0, 4, 8, 12, 16] * 4)
+    both = [row for row in kept if row["update"] in (0, 4, 8, 16) and (row["update"], row["source"]) != (4, "held out")]
+    assert both == [row for row in lines_of(folder, "whole", "samples.jsonl") if row["update"] < 24]
+    assert lines_of(folder, "parts", "metrics.jsonl")[0] == lines_of(folder, "whole", "metrics.jsonl")[0]
     assert sorted(path.name for path in parts.iterdir()) == [
-        "config.json", "damaged-update-000012", "metrics.jsonl", "update-000016"]
+        "config.json", "curves.png", "damaged-update-000012", "log.txt", "metrics.jsonl", "samples.jsonl",
+        "update-000016"]
     assert json.loads((parts / "config.json").read_text())["logits_mib"] == 500
+
+
+def test_a_report_has_the_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert report.main(["runs/whole", "--json"]) == 0
+    told, = json.loads(capsys.readouterr().out)["runs"]
+    rows = metrics(folder, "whole")
+    assert told["updates"] == 24 and told["last_score"] == rows[-1]["score"] and told["last_reward"] == rows[-1]["reward"]
+    assert [(x["mode"], x["update"], x["other_experts"]) for x in told["routes"]] == [("R3", 4, 0), ("R3", 24, 0)]
+    page = (folder / "runs/whole/report.html").read_text()
+    for sample in lines_of(folder, "whole", "samples.jsonl"):
+        if sample["source"] == "held out" and sample["update"] in (0, 24):
+            assert f">{sample['prompt']}<" in page and f">{sample['response']}\n" in page
 
 
 @pytest.mark.parametrize("source, updates", [("runs/whole", 24), ("runs/whole@12", 12)])
@@ -246,6 +338,30 @@ def test_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, li
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and line in err and len(err) < 400
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_help_has_the_sections_of_the_configuration_and_loads_little():
+    """The comments of config.py, each before the same options. transformers and vLLM take seconds to import."""
+    source = (ROOT / "scaled/config.py").read_text()
+    comments = re.compile(r'(?:\n|""")\n    # (.+)|^    (\w+): \w+ = option', re.M)
+    sections = {}
+    for title, name in comments.findall(source.partition("def __post_init__")[0]):
+        if title:
+            latest = sections.setdefault(title, [])
+        else:
+            latest.append("--" + name.replace("_", "-"))
+    code = ("import sys\nfrom scaled import train\ntry: train.main(['--help'])\nexcept SystemExit as end:\n"
+            "    print(end.code, *sorted({'transformers', 'vllm', 'matplotlib'} & {*sys.modules}), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "0\n"
+    shown, flags = {}, re.compile(r"^(\S.*):$|^  (--[\w-]+)", re.M)
+    for title, name in flags.findall(done.stdout):
+        if title:
+            latest = shown.setdefault(title, [])
+        else:
+            latest.append(name)
+    assert shown.pop("options") == ["--config", "--resume"]
+    assert shown == sections and len(shown) == 7
 
 
 def test_the_names_of_a_checkpoint(tmp_path, monkeypatch):

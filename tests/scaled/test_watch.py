@@ -122,12 +122,9 @@ def test_the_readme_has_the_rules_and_the_recorded_table():
     flat = " ".join(readme.split())
     assert (f"the {falls['failures'] + falls['well']} runs of the experiments so far: {falls['failures']} fail, as "
             in flat and f"defines it, {falls['well']} stay well" in flat)
-    # the bounds, and engines that disagree without replay
-    for row in (kl, said["extreme_tokens_high"]):
-        cells = [run["cell"] for run in runner.load(CORE).values()]
-        apart = sum(cell.startswith("router") and cell.endswith("none") for cell in cells)
-        assert row["warned"] + row["false_alarms"] == apart
-    for row, name in ((falls, "`reward_falls`"), (kl, "`mismatch_kl_high`"), (any_rule, "any of them")):
+    for row, name in ((falls, "`reward_falls`"), (kl, "`mismatch_kl_high`"),
+                      (said["extreme_tokens_high"], "`extreme_tokens_high`"),
+                      (said["staleness_kl_high"], "`staleness_kl_high`"), (any_rule, "any of them")):
         low, high = row["warned_interval"]
         false_low, false_high = row["false_alarms_interval"]
         assert (f"| {name} | {row['warned']} of {row['failures']} [{low:.2f}, {high:.2f}] | "
@@ -170,15 +167,16 @@ def test_a_warning_is_an_event_before_the_failure_and_an_alarm_one_without(tmp_p
     assert max(map(len, text(summary(path)).splitlines())) <= 80
 
 
-def test_the_recorded_runs_by_a_slow_count():
-    """The bound on the KL, counted from the curves without any function of ours but the definition of a failure."""
-    runs = runner.load(CORE).values()
+def test_the_recorded_runs_by_a_slow_count(tmp_path):
+    """The bound on the KL, counted from the curves without any function of ours but the definition of a failure. Runs
+    of N up to 8: of others a window has more points."""
+    runs = [run for run in runner.load(CORE).values() if int(run["cell"].split("N=")[1].split()[0]) <= 8]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     first = {id(run): next((8 * (i + 1) for i, x in enumerate(run["mismatch_kl"]) if x > 0.02), None) for run in runs}
     at = {id(run): outcomes.updates_until_failure(run) for run in runs}
-    assert max(int(run["cell"].split("N=")[1].split()[0]) for run in runs) <= 8  # else a window has more points
     ahead = [at[run] - first[run] for run in first if at[run] and first[run] and first[run] < at[run]]
     alarms = sum(1 for run in first if not at[run] and first[run])
-    kl = next(row for row in summary(CORE) if row["rule"] == "mismatch_kl_high")
+    kl = next(row for row in summary(tmp_path / "some.jsonl") if row["rule"] == "mismatch_kl_high")
     assert sorted(kl["updates_before"]) == sorted(ahead) and kl["false_alarms"] == alarms
 
 

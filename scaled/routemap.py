@@ -1,0 +1,123 @@
+"""Where training and inference send a token to other experts: one sequence, token by layer."""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+import nano_moe_rl as nano
+from scaled.readback import NANO_CHECKPOINT, Recorded
+
+PROMPTS = 4  # whose first response a report shows
+
+
+@dataclass(frozen=True)
+class RouteMap:
+    """T tokens of a sequence, L layers; experts are lists of ids by token and layer."""
+    mode: str
+    update: int  # that π_θ makes
+    tokens: list[str]
+    response_from: int  # the first token of the response
+    engine: list[list[list[int]]]  # those of μ_old
+    used: list[list[list[int]]]  # with which π_θ was computed: its own, or replayed
+    live: list[list[list[int]]]  # those that the routers of π_θ chose, replay or not
+
+    pairs = property(lambda self: [(t, layer) for t in range(len(self.used))
+                                   for layer in range(len(self.used[t]))])
+
+    def others(self, t: int, layer: int) -> int:
+        """How many experts training used and the engine did not."""
+        return len({*self.used[t][layer]} - {*self.engine[t][layer]})
+
+    def overruled(self, t: int, layer: int) -> bool:
+        """Whether the router chose others than those that were replayed."""
+        return {*self.live[t][layer]} != {*self.used[t][layer]}
+
+
+@torch.no_grad()
+def maps_of_single(run: Recorded) -> tuple[list[RouteMap], list[dict]]:
+    """From its checkpoint by the functions of the single file: a rollout batch is sampled, all of
+    its updates but the last are made as in the run, and a response of the last one goes through π_θ
+    under each mode -> a map for each, and some of the responses that were sampled. ValueError if
+    the checkpoint is damaged or foreign."""
+    path = run.folder / NANO_CHECKPOINT
+    try:
+        state = nano.load(path)
+        c = nano.Config(**state["config"])
+        model = nano.Model(c)
+        model.load_state_dict(state["model"])
+        optimizer = nano.adamw(model, c.lr)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # whatever torch says of weights that are not of this model
+        raise ValueError(f"{path}: is damaged or foreign; without it the report has no map of "
+                         "routes") from error
+    engine = nano.InferenceEngine(model, c.rollout_precision, c.router_noise)
+    rollout = nano.sample(engine, c.mini_batches * c.mini_batch // c.group_size, c.group_size,
+                          seed=2**61 + 1)  # prompts of no training and of no score
+    rollout.advantages = nano.group_advantages(rollout.rewards, c.group_size)
+    old, batches = deepcopy(model), nano.prepare_batch(model, rollout).split(c.mini_batch)
+    loss = partial(nano.minirl_loss, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
+                   importance_sampling=c.importance_sampling, length_norm=c.length_norm)
+    with torch.enable_grad():
+        for batch in batches[:-1]:
+            nano.train_step(model, optimizer, batch, loss)
+    row, *_ = batches[-1].split(1)
+    maps, update = [], state["rows"][-1]["update"]
+    for mode, replay in (("none", None), ("R2", nano.policy(old, replace(row, replay=None))[2]),
+                         ("R3", row.routing)):
+        live = nano.policy(model, replace(row, replay=replay))[2]
+        maps.append(map_of_row(mode, update + c.mini_batches, row,
+                               live if replay is None else replay, live))
+    firsts = range(0, PROMPTS * c.group_size, c.group_size)
+    return maps, [{"update": update} | sample_of(rollout, i) for i in firsts
+                  if i < len(rollout.tokens)]
+
+
+def words(tokens: torch.Tensor) -> list[str]:
+    return [nano.VOCABULARY[token] for token in tokens.tolist()]
+
+
+def map_of_row(mode: str, update: int, row: nano.Rollout, used, live) -> RouteMap:
+    """Of a rollout of one response; used and live (1, T, L, A)."""
+    fed = slice(int(row.lengths[0]) - 1)  # the last token is never fed
+    return RouteMap(mode, update, words(row.tokens[0, fed]), int(row.prompt_lengths[0]),
+                    *(x[0, fed].tolist() for x in (row.routing, used, live)))
+
+
+def sample_of(rollout: nano.Rollout, i: int) -> dict:
+    start, end = int(rollout.prompt_lengths[i]), int(rollout.lengths[i])
+    prompt, response = words(rollout.tokens[i, :start]), words(rollout.tokens[i, start:end])
+    return {"prompt_id": f"prompt {i}", "prompt": " ".join(prompt), "response": " ".join(response),
+            "reward": rollout.rewards[i].item()}
+
+
+def map_of_sample(run: Recorded, sample: dict) -> RouteMap | None:
+    """From a response of samples.jsonl, if it has routes. In R3 those of the engine were used; in
+    R2 those of π_old, which were the trainer's own: it is the first update of its rollout batch.
+    ValueError if they are not of one shape."""
+    engine, trainer = sample.get("engine_experts"), sample.get("trainer_experts")
+    if engine is None:
+        return None
+    shape, tokens = shape_of(engine), sample.get("tokens")
+    if shape is None or shape != shape_of(trainer) or not (
+            isinstance(tokens, list) and len(tokens) == shape[0]
+            and type(start := sample.get("response_from")) is int and 0 <= start <= shape[0]):
+        raise ValueError(f"{run.folder}: a sample of update {sample['update']} has no experts for "
+                         "each of its tokens and layers; remove that line of samples.jsonl")
+    mode = run.options.get("replay")
+    return RouteMap(mode if mode in ("none", "R2", "R3") else "none", sample["update"],
+                    [*map(str, tokens)], start, engine, engine if mode == "R3" else trainer,
+                    trainer)
+
+
+def shape_of(experts) -> tuple[int, int, int] | None:
+    """(T, L, A) of nested lists of ids; None if they are anything else."""
+    if not (isinstance(experts, list) and experts and isinstance(experts[0], list) and experts[0]
+            and isinstance(experts[0][0], list)):
+        return None
+    shape = len(experts), len(experts[0]), len(experts[0][0])
+    fine = all(isinstance(layers, list) and len(layers) == shape[1] and all(
+        isinstance(ids, list) and len(ids) == shape[2] and all(type(x) is int for x in ids)
+        for ids in layers) for layers in experts)
+    return shape if fine else None
