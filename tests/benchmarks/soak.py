@@ -87,7 +87,7 @@ def kill_once(folder: Path, name: str, seconds: float, from_start: bool) -> dict
     assert "is damaged" not in err, err  # the checkpoint that this start went on from
     saved = checkpoint.checkpoints(rows.parent)
     return {"seconds": seconds, "starting": from_start,
-            "updates": len(rows.read_text().splitlines()) if rows.exists() else 0,
+            "updates": max(len(rows.read_text().splitlines()) - 1, 0) if rows.exists() else 0,
             "version": checkpoint.version_of(saved[-1]) if saved else 0,
             "attempt": any(rows.parent.glob(".update-*"))}
 
@@ -115,7 +115,8 @@ def soak(folder: Path, kills: int, seed: int, say=print) -> list[dict]:
         say(ROW.format(**found[-1]))
     updates = found[-1]["version"] + 4
     killed, whole = (complete(folder, name, updates) for name in ("killed", "whole"))
-    assert len(whole[0]) == len(killed[0]) == updates
+    made = [[row["update"] for row in rows] for rows, _ in (killed, whole)]
+    assert made[0] == made[1] and made[0][-1] == updates, made  # the first row is of update 0
     differ = [(a["update"], key, a.get(key), b.get(key)) for a, b in zip(killed[0], whole[0])
               for key in sorted(a.keys() | b.keys()) if repr(a.get(key)) != repr(b.get(key))]
     assert not differ, f"update, metric, with kills, without: {differ[:9]}"  # NaN is equal to NaN
