@@ -88,7 +88,7 @@ class Config:
     eval_top_p: float = option(
         1.0, "nucleus of evaluation; training always samples from all", low=0.01, high=1)
 
-    # what watches over the metrics: scaled/rules.py
+    # what watches over the metrics
     watch: str = option("log", "what is done when a rule begins to hold", *WATCH)
     watch_rules: str = option("", "rules that do so, a,b,c; left out, all; the others only log")
     watch_change: str = option("none", "of going back", "none", "R3", "N/2", "lr/2")

@@ -156,7 +156,7 @@ def as_folder(model: Model, ranks) -> Iterator[tuple[str, int | None]]:
     run = model.found[-1].parent if model.found else Path(model.name).parent
     place = [tempfile.mkdtemp(prefix=".evaluate-", dir=run.parent) if RANK == 0 else None]
     if RANK == 0:
-        ranks.leave = lambda: shutil.rmtree(place[0], ignore_errors=True)
+        ranks.leave = lambda code: shutil.rmtree(place[0], ignore_errors=True)
     dist.broadcast_object_list(place)
     try:
         if model.kind == "run":
@@ -170,5 +170,5 @@ def as_folder(model: Model, ranks) -> Iterator[tuple[str, int | None]]:
         torch.cuda.empty_cache()  # vLLM takes its memory past torch
         yield place[0], update
     finally:
-        ranks.leave()
-        ranks.leave = lambda: None
+        ranks.leave(0)
+        ranks.leave = lambda code: None

@@ -361,7 +361,7 @@ def test_help_has_the_sections_of_the_configuration_and_loads_little():
         else:
             latest.append(name)
     assert shown.pop("options") == ["--config", "--resume"]
-    assert shown == sections and len(shown) == 7
+    assert shown == sections and len(shown) == 8
 
 
 def test_the_names_of_a_checkpoint(tmp_path, monkeypatch):

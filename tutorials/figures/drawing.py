@@ -198,7 +198,7 @@ def mechanism(rows: dict, folder: Path) -> str | None:
     if not rows:
         return None
     dials = list(dict.fromkeys(key.split(" | ")[0] for key in rows))
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    figure, named = Figure(figsize=(10.5, 4.2), layout="constrained"), {}
     for axes, dial in zip(figure.subplots(1, len(dials), sharey=True, squeeze=False).flat, dials):
         for key, row in rows.items():
             name = key.removeprefix(f"{dial} | ")
@@ -206,13 +206,13 @@ def mechanism(rows: dict, folder: Path) -> str | None:
                 continue
             (x, *x_ends), (y, *y_ends) = row["snr"], row["cosine"]
             looks = style(MECHANISM.get(name, name))
-            axes.errorbar(x, y, [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]], linestyle="",
-                          elinewidth=0.7, **looks)
-            axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+            named[name] = axes.errorbar(x, y, [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]], linestyle="",
+                                        elinewidth=0.7, **looks)
         axes.axhline(1, color="#777777", linewidth=0.8, linestyle="--")
         axes.set(title=dial, xlabel="signal to noise of 1,024 responses")
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("cosine with the on-policy gradient")
+    figure.legend(named.values(), named, loc="outside lower center", ncols=6, fontsize=9)
     save(figure, folder / "mechanism.svg")
     return None
 
