@@ -25,7 +25,7 @@ class Config:
     checkpoint_every: int = option(20, "updates between checkpoints")
     keep: int = option(2, "newest checkpoints kept, and beside them the one with the best score")
     save_in_background: bool = option(
-        True, "train on while a checkpoint is written: a second copy of it in host memory")
+        False, "train on while a checkpoint is written: a second copy of it in host memory")
     tensorboard: bool = option(False, "write event files beside metrics.jsonl")
     wandb: bool = option(False, "send the rows to Weights & Biases too, as its settings say")
 
