@@ -4,8 +4,11 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version as installed_version
+from pathlib import Path
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nano_moe_rl import DEVICE
@@ -82,6 +85,7 @@ def options_for(config) -> dict:
     if DEVICE == "cpu":
         rewind_generators()
         repack_experts_on_reload()
+        name_shared_memory()
     if DEVICE == "cpu" and config.get_text_config().model_type.startswith("deepseek"):
         mend_rotary()
         # Where a CPU has AMX, vLLM takes other kernels, without fp32, which cannot be reloaded
@@ -107,6 +111,28 @@ def repack_experts_on_reload():
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     UnquantizedFusedMoEMethod._setup_kernel = setup_and_pack
+
+
+@cache
+def name_shared_memory():
+    """On a CPU, the ranks of an engine meet in files of shared memory whose names are the same in every run
+    under torchrun: another run at the same time, or what a killed one left, and no engine starts. Here each
+    meeting has a name of its own, drawn by its first rank, and once all are there no name at all: what is
+    left of a killed run goes with its processes."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    meet = Shared._init_cpu_shm
+
+    def meet_and_forget(self):
+        names, group = [uuid4().hex], self.communicator
+        dist.broadcast_object_list(names, group.ranks[0], group.cpu_group)
+        self.group_name = names[0]
+        handle = meet(self)  # ends with a barrier: all have opened all files
+        for path in Path("/dev/shm").glob(f"{names[0]}*"):
+            path.unlink(missing_ok=True)
+        return handle
+
+    Shared._init_cpu_shm = meet_and_forget
 
 
 @cache

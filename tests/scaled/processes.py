@@ -1,4 +1,5 @@
 """Ranks of a process group in processes of their own, for tests."""
+import itertools
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[2]
+groups = itertools.count()
 
 
 def run_ranks(function, world, *args, seconds=240):
     """function(rank, world, *args) in processes of their own, all killed when the time is up."""
+    os.environ["GROUP"] = f"{next(groups)}"
     ranks = mp.spawn(one_rank, (function, world, *args), world, join=False)
     try:
         # a join ends with one of the processes, and raises what it raised
@@ -33,8 +36,9 @@ def one_rank(rank, function, world, *args):
 
 def join_group(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group-{world}", rank=rank,
-                            world_size=world)
+    # A file of its own for each group: whoever meets that of an ended one waits for its dead ranks.
+    store = f"file://{folder}/group-{os.environ.get('GROUP', 'alone')}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
 
 
 def start(folder, module, *argv, ranks=2, **environment):
