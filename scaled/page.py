@@ -59,12 +59,17 @@ def style() -> str:
     return text
 
 
-def visible(text) -> str:
-    """Escaped for HTML, between tags or in quotes. What has no shape of its own, or turns the
-    direction of the text after it, is written out: it could hide or reorder what a reader sees."""
-    return escape("".join(
+def printable(text) -> str:
+    """What has no shape of its own, or turns the direction of the text after it, is written out: it
+    could hide or reorder what a reader sees."""
+    return "".join(
         x if x in "\n\t" or unicodedata.category(x) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        else f"\\u{ord(x):04x}" for x in str(text)))
+        else f"\\u{ord(x):04x}" for x in str(text))
+
+
+def visible(text) -> str:
+    """Printable, and escaped for HTML, between tags or in quotes."""
+    return escape(printable(text))
 
 
 def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
@@ -78,14 +83,23 @@ def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
             f"<tbody>{body}</tbody></table></div>\n")
 
 
-def page(title: str, sections: list[tuple[str, str]]) -> str:
-    """Titles are text, sections HTML. The policy lets a browser load nothing, run nothing, and use
-    no style but this one."""
-    css = style()
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    body = "".join(f"<h2>{visible(name)}</h2>\n{html}" for name, html in sections)
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'"
-    return f"""{MARK}
+def digest(text: str) -> str:
+    """The source of a policy that allows this very text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def page(title: str, sections: list[tuple[str, str]], mark: str = MARK, css: str = "",
+         script: str = "") -> str:
+    """Titles are text, sections HTML; mark, the first line, says who made the page. The policy lets
+    a browser load nothing, use no style but this one with css behind it, and run nothing but the
+    script. A section without a title has no heading."""
+    css = style() + css
+    body = "".join((f"<h2>{visible(name)}</h2>\n" if name else "") + html for name, html in sections)
+    policy = f"default-src 'none'; style-src {digest(css)}"
+    if script:
+        policy += f"; script-src {digest(script)}"
+        body += f"<script>{script}</script>\n"
+    return f"""{mark}
 <html lang="en"><head><meta charset="utf-8"/>
 <meta http-equiv="Content-Security-Policy" content="{policy}"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>

@@ -15,10 +15,8 @@ from scaled.folder import write_aside
 from scaled.page import DASHES, MARK, page, table, visible
 from scaled.ranks import refuse
 from scaled.readback import NANO_CHECKPOINT, Recorded, number, read_run
-from scaled.routemap import RouteMap, map_of_sample, maps_of_single
+from scaled.routemap import TITLES, RouteMap, map_of_sample, maps_of_single
 from scaled.terminal import width
-
-TITLES = {"none": "none: its own", "R2": "R2: those of π_old", "R3": "R3: those of μ_old"}
 
 
 def summary(run: Recorded) -> dict:

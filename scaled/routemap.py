@@ -9,6 +9,7 @@ import torch
 import nano_moe_rl as nano
 from scaled.readback import NANO_CHECKPOINT, Recorded
 
+TITLES = {"none": "none: its own", "R2": "R2: those of π_old", "R3": "R3: those of μ_old"}
 PROMPTS = 4  # whose first response a report shows
 
 
@@ -56,22 +57,36 @@ def maps_of_single(run: Recorded) -> tuple[list[RouteMap], list[dict]]:
     rollout = nano.sample(engine, c.mini_batches * c.mini_batch // c.group_size, c.group_size,
                           seed=2**61 + 1)  # prompts of no training and of no score
     rollout.advantages = nano.group_advantages(rollout.rewards, c.group_size)
-    old, batches = deepcopy(model), nano.prepare_batch(model, rollout).split(c.mini_batch)
-    loss = partial(nano.minirl_loss, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
-                   importance_sampling=c.importance_sampling, length_norm=c.length_norm)
-    with torch.enable_grad():
-        for batch in batches[:-1]:
-            nano.train_step(model, optimizer, batch, loss)
-    row, *_ = batches[-1].split(1)
-    maps, update = [], state["rows"][-1]["update"]
-    for mode, replay in (("none", None), ("R2", nano.policy(old, replace(row, replay=None))[2]),
-                         ("R3", row.routing)):
-        live = nano.policy(model, replace(row, replay=replay))[2]
-        maps.append(map_of_row(mode, update + c.mini_batches, row,
-                               live if replay is None else replay, live))
+    old, last = to_last_update(model, optimizer, rollout)
+    update = state["rows"][-1]["update"]
+    maps = maps_of_row(old, model, last.split(1)[0], update + c.mini_batches)
     firsts = range(0, PROMPTS * c.group_size, c.group_size)
     return maps, [{"update": update} | sample_of(rollout, i) for i in firsts
                   if i < len(rollout.tokens)]
+
+
+@torch.enable_grad()
+def to_last_update(model, optimizer, rollout: nano.Rollout) -> tuple[nano.Model, nano.Rollout]:
+    """Makes all updates of a rollout batch with advantages but the last one, as a run does: model
+    becomes π_θ of that update -> the model that is π_old, the mini-batch that the update is from."""
+    c, old = model.config, deepcopy(model)
+    loss = partial(nano.minirl_loss, clip=c.clip, clip_low=c.clip_low, clip_high=c.clip_high,
+                   importance_sampling=c.importance_sampling, length_norm=c.length_norm)
+    *earlier, last = nano.prepare_batch(model, rollout).split(c.mini_batch)
+    for batch in earlier:
+        nano.train_step(model, optimizer, batch, loss)
+    return old, last
+
+
+@torch.no_grad()
+def maps_of_row(old, model, row: nano.Rollout, update: int) -> list[RouteMap]:
+    """A rollout of one response through π_θ, the model, under each mode; old is π_old's model."""
+    maps = []
+    for mode, replay in (("none", None), ("R2", nano.policy(old, replace(row, replay=None))[2]),
+                         ("R3", row.routing)):
+        live = nano.policy(model, replace(row, replay=replay))[2]
+        maps.append(map_of_row(mode, update, row, live if replay is None else replay, live))
+    return maps
 
 
 def words(tokens: torch.Tensor) -> list[str]:

@@ -8,7 +8,7 @@ sys.path.insert(1, str(TUTORIALS.parent))
 
 import figures  # noqa: E402
 import nano_moe_rl as nano  # noqa: E402
-from figures import claims, drawing, grid, mechanism, outcomes, runner  # noqa: E402
+from figures import claims, drawing, grid, mechanism, moving, outcomes, runner  # noqa: E402
 
 
 def plan(results: Path) -> str:
@@ -48,6 +48,7 @@ def main():
                        ("mechanism", "gradients of the estimators, no training; resumes"),
                        ("report", "verdicts and pictures from what there is"),
                        ("all", "core, mechanism and report"),
+                       ("moving", "pictures/routes.html, and with Chromium its still"),
                        ("again", "one run once more: does the single file still give its numbers?")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--results", type=Path, default=TUTORIALS / "results", metavar="DIR")
@@ -62,6 +63,8 @@ def main():
     results = given.results
     if given.what == "plan":
         print(plan(results))
+    if given.what == "moving":
+        print(*moving.write(TUTORIALS / "pictures"), sep="\n")
     if given.what == "again":
         sys.exit(not runner.again(given.cell, given.seed, results / "core.jsonl", given.quick))
     if given.what in ("core", "all"):
