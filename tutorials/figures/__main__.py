@@ -8,7 +8,7 @@ sys.path.insert(1, str(TUTORIALS.parent))
 
 import figures  # noqa: E402
 import nano_moe_rl as nano  # noqa: E402
-from figures import claims, drawing, grid, mechanism, moving, outcomes, runner  # noqa: E402
+from figures import claims, drawing, grid, mechanism, moving, outcomes, pairs, runner  # noqa: E402
 
 
 def plan(results: Path) -> str:
@@ -34,6 +34,11 @@ def report(results: Path):
     gradients = read(results / "mechanism.json")
     captions = [draw(runs, results) for draw in drawing.PICTURES] + [drawing.mechanism(gradients, results)]
     print(*filter(None, captions), sep="\n")
+    for page in pairs.PAIRS:
+        try:
+            print(f"\nfor {page}.md:\n\n{pairs.text(page, runs)}")
+        except outcomes.NotRun as missing:
+            print(f"\nfor {page}.md: no run yet of {missing.args[0]}")
 
 
 def read(path: Path) -> dict:

@@ -21,19 +21,22 @@ PAIRS = {  # page: one cell and the other
 
 def flags(options: dict) -> str:
     """As the command line takes them."""
-    names = {name: "--" + name.replace("_", "-") for name in options}
-    return " ".join(("" if value else "--no-").join(("", names[name].removeprefix("" if value else "--")))
-                    if isinstance(value, bool) else f"{names[name]} {value}" for name, value in options.items())
+    dashed = {name.replace("_", "-"): value for name, value in options.items()}
+    return " ".join(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+                    for name, value in dashed.items())
 
 
 def commands(page: str) -> list[str]:
-    """What both share, in a variable of the shell, and the two commands."""
+    """What both share, in variables of the shell, and the two commands. The grid's runs have a thread each; with more
+    threads sums have another order, and a run takes another course. A score in between changes no number of a
+    run, so
+    eval_every is left out."""
     one, other = (asdict(cell.config(SEED)) for cell in PAIRS[page])
     default, differ = asdict(nano.Config()), [name for name in one if one[name] != other[name]]
-    shared = {name: x for name, x in one.items() if x != default[name] and name not in (*differ, *BASE, "name")}
-    recipe = {name: one[name] for name in BASE if one[name] != default[name]}
-    return [f'recipe="{flags(recipe)}"'] + [
-        f"python nano_moe_rl.py $recipe {flags(shared | {name: x[name] for name in differ})}" for x in (one, other)]
+    changed = [name for name in one if one[name] != default[name] and name not in (*differ, "eval_every", "name")]
+    recipe, same = ({name: one[name] for name in changed if (name in BASE) == of_all} for of_all in (True, False))
+    return ["export OMP_NUM_THREADS=1", f'recipe="{flags(recipe)}"', f'same="{flags(same)}"'] + [
+        f"python nano_moe_rl.py $recipe $same {flags({name: x[name] for name in differ})}" for x in (one, other)]
 
 
 def text(page: str, runs: outcomes.Runs) -> str:
@@ -44,6 +47,6 @@ def text(page: str, runs: outcomes.Runs) -> str:
     difference = runs.difference(*(cell.key for cell in reversed(PAIRS[page])))
     lines = "".join(f"    {command}\n" for command in commands(page))
     return (f"{lines}\n`engine_score` ends at {ends[0][SEED]:.3f} with the first command, at {ends[1][SEED]:.3f} with the "
-            f"second.\nOver {len(shared)} seeds the ends are {over[0]} and {over[1]} (mean and standard deviation);\n"
-            f"the second minus the first, in pairs of a seed, is {difference.mean:+.3f}, 95 % interval "
-            f"[{difference.low:+.3f}, {difference.high:+.3f}].\n")
+            f"second.\nOver {len(shared)} seeds, mean ± standard deviation: {over[0]} and {over[1]}. Second minus "
+            f"first, in pairs of a\nseed: {difference.mean:+.3f}, 95 % interval [{difference.low:+.3f}, "
+            f"{difference.high:+.3f}].\n")
