@@ -3,9 +3,11 @@
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 
-from figures import claims, outcomes, runner
+import pytest
+from figures import claims, outcomes, pairs, runner
 from scipy import stats
 
 import nano_moe_rl as nano
@@ -63,3 +65,19 @@ def test_what_it_says_of_the_grid_is_in_the_runs():
         assert f"{test.df + 1} of 16 seeds" in README or f"{test.df + 1} seeds" in README, N
     failed = [row for row in rows if row["cell"] == "fp32 | N=1 | none"]
     assert len(failed) == 8 and "0 of 8 seeds" in (ROOT / "tutorials/results/verdicts.md").read_text()
+
+
+def test_runs_to_compare_with_are_those_of_the_results():
+    """The table, and its means and deviations once more from the runs."""
+    rows = [json.loads(line) for line in (ROOT / "tutorials/results/core.jsonl").read_text().splitlines()]
+    table = pairs.table(outcomes.Runs({(row["cell"], row["seed"]): row for row in rows}))
+    assert table in README
+    for line in table.splitlines()[2:]:
+        cell = f"router | N=8 | {re.search('--replay (.+?)`', line)[1]}"
+        of = [row for row in rows if row["cell"] == cell]
+        numbers = [float(x) for x in re.findall(r"\d\.\d{3}", line)]
+        wanted = [f([row[name][-1][1] for row in of]) for name in ("engine_score", "score")
+                  for f in (statistics.mean, statistics.stdev)]
+        assert numbers == pytest.approx(wanted, abs=6e-4)
+        seeds = sorted(row["seed"] for row in of)
+        assert f"| {seeds[0]} to {seeds[-1]} |" in line and seeds == list(range(seeds[0], seeds[-1] + 1))

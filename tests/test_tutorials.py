@@ -23,8 +23,8 @@ PAGES = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page(page, capsys, monkeypatch):
-    monkeypatch.chdir(TUTORIALS)
+def test_page(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a page may make runs
     pages.run(page)
     printed = " ".join(capsys.readouterr().out.split())
     for line in re.findall(r"^ *print\(.*?\) +# (.+)$", page.read_text(), re.MULTILINE):

@@ -39,6 +39,10 @@ def report(results: Path):
             print(f"\nfor {page}.md:\n\n{pairs.text(page, runs)}")
         except outcomes.NotRun as missing:
             print(f"\nfor {page}.md: no run yet of {missing.args[0]}")
+    try:
+        print(f"\nfor README.md:\n\n{pairs.table(runs)}")
+    except outcomes.NotRun as missing:
+        print(f"\nfor README.md: no run yet of {missing.args[0]}")
 
 
 def read(path: Path) -> dict:
