@@ -1,8 +1,9 @@
 """A headless Chromium, spoken to over two pipes by its DevTools protocol: no package, no port."""
-import base64, fcntl, json, os, shutil, subprocess, tempfile  # noqa: E401
+import base64, fcntl, json, os, select, shutil, subprocess, tempfile  # noqa: E401
 from pathlib import Path
 
 PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 120  # seconds
 
 
 class Browser:
@@ -32,9 +33,8 @@ class Browser:
 
     def read(self) -> dict:
         while b"\0" not in self.rest:
-            part = os.read(self.inp, 1 << 16)
-            if not part:
-                raise RuntimeError("the browser ended")
+            if not select.select([self.inp], [], [], PATIENCE)[0] or not (part := os.read(self.inp, 1 << 16)):
+                raise RuntimeError(f"{PATH} ended, or said nothing for {PATIENCE} s")
             self.rest += part
         line, self.rest = self.rest.split(b"\0", 1)
         message = json.loads(line)
