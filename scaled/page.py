@@ -1,4 +1,4 @@
-"""A page of HTML that loads nothing and runs nothing, and in which all text is text."""
+"""A page of HTML that loads nothing, runs no script but ours, and in which all text is text."""
 
 import base64
 import hashlib

@@ -79,7 +79,8 @@ def test_an_error_names_the_page_and_its_line(tmp_path):
 
 def indented(page, start):
     """Lines of an indented block that begin so."""
-    return [line.strip() for line in (TUTORIALS / f"{page}.md").read_text().splitlines() if line.startswith(f"    {start}")]
+    lines = (TUTORIALS / f"{page}.md").read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {start}")]
 
 
 @pytest.mark.parametrize("page", pairs.PAIRS)
@@ -97,7 +98,8 @@ def test_two_commands_differ_in_one_flag_and_end_as_the_runs_do(page):
     assert len([name for name in first if first[name] != second[name]]) == 1
     ends = []
     for cell, config in zip(pairs.PAIRS[page], configs):
-        assert nano.replace(config, eval_every=1, name="") == nano.replace(cell.config(config.seed), eval_every=1, name="")
+        theirs = cell.config(config.seed)
+        assert nano.replace(config, eval_every=1, name="") == nano.replace(theirs, eval_every=1, name="")
         start, = {row["start_steps"] for row in rows if row["seed"] == config.seed and "start_steps" in row}
         assert start == config.cold_start_steps
         ends.append({row["seed"]: row["engine_score"][-1][1] for row in rows if row["cell"] == cell.key})
