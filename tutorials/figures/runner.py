@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import nano_moe_rl as nano
 from figures.grid import LOSSES, Block, Cell
+from scaled import study
 
 CURVES = ("reward", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction", "clip_fraction")
 STEP = 8  # updates of which a curve keeps the mean
@@ -74,8 +75,7 @@ def run(cell: Cell, seed: int, quick: bool = False) -> dict:
     model.load_state_dict(state)
     torch.manual_seed(seed)  # of `random drop`; all else has generators of its own
     if cell.method == "frozen router":
-        for layer in model.layers:
-            layer.mlp.gate.requires_grad_(False)
+        study.freeze_routers(model)
     prepare = replay_the_response if cell.method == "R3 on the response" else nano.prepare_batch
     rows, stopped = [{"update": 0}], None
     try:
