@@ -80,7 +80,8 @@ def sample(engine: nano.InferenceEngine, n: int, G: int, seed: int, top_p: float
         kept.append(nucleus(logits / temperature, top_p))
         return logits.masked_fill(~kept[-1], NEVER), routing
 
-    with hooked((engine.model, keep), *zip(gates(engine.model), [record.append for record in scores])):
+    hooks = [*zip(gates(engine.model), [record.append for record in scores])]
+    with hooked(*hooks + [(engine.model, keep)] * (top_p < 1)):
         rollout = SAMPLE(engine, n, G, seed)
 
     def joined(record):  # the first forward is of the prompts, once for all responses to each
