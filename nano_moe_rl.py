@@ -18,6 +18,7 @@ Letters: P prompts, G responses each, B = P·G, T positions, V symbols, D width,
 of which a token meets A in each layer. Position t is fed token t and predicts token t + 1.
 """
 import argparse, copy, fcntl, io, json, math, os, sys, time, zipfile  # noqa: E401
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,17 @@ def grade(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
     rows = zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist())
     return torch.tensor([float(row[start:end][-3:] == [ANSWER, sum(row[:start - 1]) % 10, EOS])
                          for row, start, end in rows], device=tokens.device)
+
+@dataclass
+class Task:
+    """What is learnt. Another one: replace(RUNNING_SUM, grade=…), or five parts of its own."""
+    vocabulary: str  # a symbol a token
+    eos: int  # the token that ends a response
+    make_prompts: Callable
+    demonstrations: Callable
+    grade: Callable
+
+RUNNING_SUM = Task(VOCABULARY, EOS, make_prompts, demonstrations, grade)
 
 # ------------------------------------------------------------------------------------- 3 Model
 # Architecture, modules and names are Qwen3-MoE's: transformers loads these weights as they are.
@@ -217,12 +229,12 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     """The network of both engines. Called without numerics it is the training engine."""
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, task: Task = RUNNING_SUM):
         super().__init__()
-        self.config, self.numerics = c, Numerics(c.train_precision)
-        self.embed_tokens = nn.Embedding(len(VOCABULARY), c.width)
+        self.config, self.task, self.numerics = c, task, Numerics(c.train_precision)
+        self.embed_tokens = nn.Embedding(len(task.vocabulary), c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.norm, self.lm_head = Norm(c.width), Linear(c.width, len(VOCABULARY))
+        self.norm, self.lm_head = Norm(c.width), Linear(c.width, len(task.vocabulary))
         generator = Generator().manual_seed(c.seed)
         for matrix in (p for p in self.parameters() if p.dim() > 1):
             nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5, generator=generator)
@@ -288,7 +300,7 @@ class InferenceEngine:
             weight.copy_(quantise(weight, precision if "_proj" in name else other))
 
     @torch.no_grad()
-    def generate(self, prompts, prompt_lengths, G, generator, eos=EOS) -> Rollout:
+    def generate(self, prompts, prompt_lengths, G, generator) -> Rollout:
         """G responses to each of P right-padded prompts (P, columns), prompt_lengths (P,).
         FloatingPointError if the weights give no distribution."""
         c, numerics = self.model.config, replace(self.numerics, generator=generator)
@@ -309,7 +321,7 @@ class InferenceEngine:
             responding = (prompt_lengths <= t) & (t < lengths)  # else a longer prompt goes on
             tokens[:, t] = sampled[:, 0].where(responding, tokens[:, t])
             rollout_logprobs.append(logprobs.gather(1, sampled) * responding[:, None])
-            lengths[responding & (tokens[:, t] == eos)] = t + 1
+            lengths[responding & (tokens[:, t] == self.model.task.eos)] = t + 1
             t += 1
             going = t < lengths
             if not going.any():
@@ -447,9 +459,11 @@ def train_step(model, optimizer, batch: Rollout, loss_fn=minirl_loss) -> dict:
 def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
     """A graded rollout of n prompts. Prompts and samples have streams of random numbers that the
     seed decides alone: methods get the same prompts, and a resumed run has nothing to restore."""
-    prompts = make_prompts(n, engine.model.config, Generator().manual_seed(2 * seed))
-    rollout = engine.generate(*prompts, G, Generator(DEVICE).manual_seed(2 * seed + 1))
-    return replace(rollout, rewards=grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths))
+    task, generator = engine.model.task, Generator(DEVICE).manual_seed(2 * seed + 1)
+    prompts = task.make_prompts(n, engine.model.config, Generator().manual_seed(2 * seed))
+    rollout = engine.generate(*prompts, G, generator)
+    rewards = task.grade(rollout.tokens, rollout.prompt_lengths, rollout.lengths)
+    return replace(rollout, rewards=rewards)
 
 @torch.no_grad()
 def evaluate(model: Model) -> tuple[dict, Rollout]:
@@ -469,13 +483,13 @@ def evaluate(model: Model) -> tuple[dict, Rollout]:
 def adamw(model: Model, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, weight_decay, fused=True)
 
-def cold_start(c: Config) -> Model:
+def cold_start(c: Config, task: Task = RUNNING_SUM) -> Model:
     """Supervised learning from imperfect demonstrations. No load-balancing loss, as in RL."""
-    model, generator, n = Model(c), Generator().manual_seed(c.seed), c.cold_start_steps
+    model, generator, n = Model(c, task), Generator().manual_seed(c.seed), c.cold_start_steps
     optimizer = adamw(model, 3e-3, weight_decay=0.1)
     for step in tqdm(range(n), "cold start", disable=None, leave=False):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2.5 * (1 - step / n))
-        batch = Rollout(*(x.to(DEVICE) for x in demonstrations(64, c, generator)))
+        batch = Rollout(*(x.to(DEVICE) for x in task.demonstrations(64, c, generator)))
         descend(model, optimizer, -policy(model, batch)[0][batch.mask].mean())
     return model
 
@@ -547,9 +561,9 @@ def draw(rows: list[dict], path: Path):
     figure.savefig(buffer, format="png", dpi=100)
     save(path, buffer.getvalue())
 
-def train(c: Config, state: dict | None = None, **functions):
+def train(c: Config, state: dict | None = None, task: Task = RUNNING_SUM, **functions):
     """A run in runs/NAME, from the state of a checkpoint if there is one; functions: of learn."""
-    folder, model = Path("runs", c.name), Model(c) if state else cold_start(c)
+    folder, model = Path("runs", c.name), Model(c, task) if state else cold_start(c, task)
     optimizer = adamw(model, c.lr)
     if state:
         model.load_state_dict(state["model"])
@@ -574,7 +588,7 @@ def train(c: Config, state: dict | None = None, **functions):
         draw(rows, folder / "curves.png")
     scores, samples = evaluate(model)
     for tokens, n, reward in list(zip(samples.tokens, samples.lengths, samples.rewards))[:3]:
-        print(f"reward {reward:.0f}: {' '.join(VOCABULARY[token] for token in tokens[:n])}")
+        print(f"reward {reward:.0f}: {' '.join(task.vocabulary[i] for i in tokens[:n])}")
     for when, row in ("before", rows[0]), ("after", scores):
         print(f"{when} RL: score {row['score']:.3f} in training precision, "
               f"{row['engine_score']:.3f} of the inference engine")

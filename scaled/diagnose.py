@@ -56,9 +56,17 @@ def take_prompts(c: Config, file: str, count: int) -> list[list[int]]:
     data that cannot be used."""
     import torch
 
+    from scaled.checkpoint import ROWS
     from scaled.checks import read_checkpoint, read_prompts
 
-    config, tokenizer = read_checkpoint(c)
+    try:
+        config, tokenizer = read_checkpoint(c)
+    except ValueError as error:
+        line = str(error).replace("--checkpoint", "--model")
+        if Path(c.checkpoint, ROWS).exists():
+            line = (f"--model {c.checkpoint}: is a run; python -m scaled.export {c.checkpoint} DIR makes a Hugging "
+                    "Face folder of it")
+        raise ValueError(line) from error
     vocabulary = config.get_text_config().vocab_size
     if not file:
         generator = torch.Generator().manual_seed(c.seed)

@@ -69,7 +69,7 @@ def rewarded(monkeypatch):
     def grade(tokens, prompt_lengths, lengths):
         return (tokens.gather(1, lengths[:, None] - 2)[:, 0] % 2).float()
 
-    monkeypatch.setattr(nano, "grade", grade)
+    monkeypatch.setattr(nano.RUNNING_SUM, "grade", grade)
 
 
 def sample_rollout(model, precision, n_prompts=6, seed=0, router_noise=0.0):

@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(folder):
 
 
 def test_a_run_that_was_stopped_in_its_cold_start_can_start_again(folder, monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

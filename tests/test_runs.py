@@ -179,6 +179,35 @@ def test_the_reward_rises(folder):
     assert after["score"] > before["score"] + 0.15
 
 
+# another task: say the letter after that of the prompt, and end
+def letters(n, c, generator):
+    return torch.randint(0, 4, (n, 1), generator=generator), torch.ones(n, dtype=torch.long)
+
+
+def successors(n, c, generator):
+    prompts, lengths = letters(n, c, generator)
+    wrong = torch.rand(n, 1, generator=generator) < 0.5
+    said = (prompts + 1 + wrong) % 4
+    return torch.cat([prompts, said, torch.full((n, 1), 4)], 1), lengths, lengths + 2
+
+
+def succeeded(tokens, prompt_lengths, lengths):
+    return ((lengths == 3) & (tokens[:, 1] == (tokens[:, 0] + 1) % 4)).float()
+
+
+def test_another_task(folder):
+    c = nano.Config(**TINY | dict(name="next", cold_start_steps=60, updates=40, eval_every=40, eval_prompts=64, lr=1e-3,
+                                  warmup=1))
+    task = nano.Task("abcd.", 4, letters, successors, succeeded)
+    nano.train(c, task=task)
+    before, *_, after = metrics("next")
+    assert 0.3 < before["score"] < 0.7 and after["score"] > 0.9
+    state = checkpoint("next")
+    assert len(state["model"]["embed_tokens.weight"]) == len(state["model"]["lm_head.weight"]) == 5
+    nano.train(replace(c, updates=42), state, task)
+    assert len(metrics("next")) == 43
+
+
 def test_a_renamed_run_resumes_in_its_new_folder(folder):
     assert nano.main(arguments(name="a")) == 0
     Path("runs/a").rename("runs/b")

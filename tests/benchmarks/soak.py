@@ -22,40 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/scaled")]
 
-import nano_moe_rl as nano  # noqa: E402
-from processes import finish, start  # noqa: E402
+from processes import finish, prepare, start  # noqa: E402
 from scaled import checkpoint  # noqa: E402
-from scaled.export import export_nano  # noqa: E402
 
-OPTIONS = """checkpoint = "hf"
-train_data = "train.jsonl"
-chat = false
-reward = "running_sum"
-max_prompt = 7
-max_response = 8
-updates = 100000
-prompts = 4
-group_size = 2
-mini_batches = 2
-token_budget = 4096
-train_precision = "fp32"
-gradient_checkpointing = false
-check_sync = 0
-checkpoint_every = 2
-save_in_background = true
-"""
 TIMED = ("seconds", "gib", "device")
 TITLE = "kill  seconds  starting  updates made  checkpoint  attempt left"
 ROW = "{kill:4}  {seconds:7.2f}  {starting!s:>8}  {updates:12}  {version:10}  {attempt!s:>12}"
-
-
-def prepare(folder: Path):
-    """An untrained checkpoint, prompts and options of a run."""
-    export_nano(nano.Model(nano.Config(layers=1, experts=4)), folder / "hf")
-    (folder / "train.jsonl").write_text("".join(
-        f'{{"prompt": "{a}{b}{c}=", "answer": "0"}}\n'
-        for a in range(3) for b in range(3, 6) for c in range(6, 9)))
-    (folder / "options.toml").write_text(OPTIONS)
 
 
 def begin(folder: Path, name: str, *options):
@@ -106,7 +78,7 @@ def complete(folder: Path, name: str, updates: int) -> tuple[list[dict], dict]:
 def soak(folder: Path, kills: int, seed: int, say=print) -> list[dict]:
     """A row for each kill. AssertionError if what comes of it is not what it would have been. One
     kill of five is within 8 s of the start, the others within 3 s of the first rollout."""
-    prepare(folder)
+    prepare(folder, updates=100_000, checkpoint_every=2, save_in_background=True)
     drawn, found = random.Random(seed), []
     say(TITLE)
     for kill in range(1, kills + 1):

@@ -1,5 +1,6 @@
 """Ranks of a process group in processes of their own, for tests."""
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+import nano_moe_rl as nano
+from scaled.export import export_nano
 
 ROOT = Path(__file__).parents[2]
 groups = itertools.count()
@@ -39,6 +43,18 @@ def join_group(rank, world, folder):
     # A file of its own for each group: whoever meets that of an ended one waits for its dead ranks.
     store = f"file://{folder}/group-{os.environ.get('GROUP', 'alone')}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+
+
+def prepare(folder, **options):
+    """What the smallest run under torchrun needs: an untrained checkpoint, prompts, options.toml."""
+    options = dict(
+        checkpoint="hf", train_data="train.jsonl", chat=False, reward="running_sum", max_prompt=7, max_response=8,
+        prompts=4, group_size=2, mini_batches=2, token_budget=4096, train_precision="fp32",
+        gradient_checkpointing=False, check_sync=0) | options
+    export_nano(nano.Model(nano.Config(layers=1, experts=4)), folder / "hf")
+    (folder / "train.jsonl").write_text("".join(
+        f'{{"prompt": "{a}{b}{c}=", "answer": "0"}}\n' for a in range(3) for b in range(3, 6) for c in range(6, 9)))
+    (folder / "options.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in options.items()))
 
 
 def start(folder, module, *argv, ranks=2, **environment):

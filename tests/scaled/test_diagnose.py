@@ -1,6 +1,7 @@
 """What the diagnosis measures, and that it names each of the known faults, planted in a real engine's answers."""
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -10,7 +11,7 @@ from processes import finish, run_ranks, start
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import nano_moe_rl as nano
-from scaled import gap
+from scaled import diagnose, gap
 from scaled.export import export_nano
 
 L, A, E = 3, 2, 8
@@ -213,3 +214,20 @@ def test_the_command_on_two_ranks(tmp_path):
     assert said["faults"] == [] and said["responses"] == 16 and len(said["agreement_by_layer"]) == nano.Config().layers
     assert said["own"]["k3"] < 1e-9 and (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
     assert sum(said["own"]["histogram"]) == said["tokens"]
+
+
+@pytest.mark.parametrize("argv, line", [
+    ("--model absent", "--model absent: .*"),
+    ("--model runs/a", "--model runs/a: is a run; python -m scaled.export runs/a DIR makes a Hugging Face folder of it"),
+    ("--model runs/a --count 0", "--count 0: give 1 or more"),
+    ("--model runs/a --picture no/gap.png", "--picture no/gap.png: there is no such folder; make it"),
+    ("--model runs/a --max-response 0", "--max-response 0: give 1 to .*"),
+])
+def test_refusals_name_the_option_that_was_given(folder, argv, line):
+    (folder / "runs/a").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / "runs/a" / name).write_text("{}")
+    with pytest.raises(ValueError) as refusal:
+        c, alone = diagnose.parse(argv.split())
+        diagnose.take_prompts(c, alone["prompts"], alone["count"])
+    assert re.fullmatch(line, str(refusal.value))

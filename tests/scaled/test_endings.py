@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import finish, start
+from processes import finish, prepare, start
 
 import nano_moe_rl as nano
 from scaled import checkpoint
@@ -18,30 +18,11 @@ from scaled.export import export_nano
 from scaled.folder import check_folder
 from scaled.policy import load_policy
 
-OPTIONS = """checkpoint = "hf"
-train_data = "train.jsonl"
-chat = false
-reward = "running_sum"
-max_prompt = 7
-max_response = 8
-updates = 4000
-prompts = 4
-group_size = 2
-mini_batches = 2
-token_budget = 4096
-train_precision = "fp32"
-gradient_checkpointing = false
-check_sync = 0
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("endings")
-    export_nano(nano.Model(nano.Config(layers=1, experts=4)), folder / "hf")
-    (folder / "train.jsonl").write_text("".join(
-        f'{{"prompt": "{a}{b}{c}=", "answer": "0"}}\n' for a in range(3) for b in range(3, 6) for c in range(6, 9)))
-    (folder / "options.toml").write_text(OPTIONS)
+    prepare(folder, updates=4000)
     return folder
 
 

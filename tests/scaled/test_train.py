@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -182,6 +183,17 @@ def test_resume_equals_no_interruption_whatever_was_lost_after_the_checkpoint(fo
         "config.json", "curves.png", "damaged-update-000012", "log.txt", "metrics.jsonl", "samples.jsonl",
         "update-000016"]
     assert json.loads((parts / "config.json").read_text())["logits_mib"] == 500
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(folder):
+    shutil.copytree(folder / "runs/whole", folder / "runs/alone")
+    out = run(folder, "--resume", "alone", "--updates", 32, "--eval-every", 8, ranks=1)
+    rows, before = metrics(folder, "alone"), metrics(folder, "whole")
+    assert rows[:24] == before and [row["update"] for row in rows] == list(range(1, 33))
+    # the same policy: what it scores on the same prompts differs by the samples alone, of 512
+    score = float(re.search(r"score ([.\d]+) before update 25", out)[1])
+    assert abs(score - before[-1]["score"]) < 4 * (0.5 / 512) ** 0.5
+    assert all(row["reward"] * 256 % 1 == 0 for row in rows[24:]) and rows[-1]["score"] > 0.3  # as many responses
 
 
 def test_a_report_has_the_run(folder, monkeypatch, capsys):
