@@ -272,7 +272,7 @@ class Rollout:
     lengths: Tensor  # (B,) prompt and response
     rollout_logprobs: Tensor | None = None  # (B, T) log μ of token t + 1, 0 outside the response
     routing: Tensor | None = None  # (B, T, L, A) the experts of μ, −1 on padding
-    version: int = 0  # for scaled/, whose engine can lag: updates that the weights of μ had seen
+    version: int = 0  # or (B,): updates that the weights of μ had seen; for scaled/, where they lag
     rewards: Tensor | None = None  # (B,)
     advantages: Tensor | None = None  # (B,)
     old_logprobs: Tensor | None = None  # (B, T) log π_old; None: π_θ is π_old, with N = 1

@@ -10,7 +10,8 @@ from nano_moe_rl import Rollout
 
 # The axes of a rollout's tensors. Position t is fed token t, and the last token is never fed.
 AXES = dict(tokens="B T+1", prompt_lengths="B", lengths="B", rollout_logprobs="B T",
-            routing="B T L A", rewards="B", advantages="B", old_logprobs="B T", replay="B T L A")
+            routing="B T L A", rewards="B", advantages="B", old_logprobs="B T", replay="B T L A",
+            version="B")  # where it is no int
 
 
 def prompts_of_engine(n_prompts: int, mini_batch: int, engines: int, engine: int) -> list[int]:

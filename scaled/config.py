@@ -59,13 +59,18 @@ class Config:
     objective: str = option("MiniRL", "GRPO, MIS, … (objectives.py), or module:function")
     importance_sampling: str = option("token", "in the loss", "token", "sequence", "staleness")
     length_norm: bool = option(False, "divide a response's loss by its length")
+    max_staleness: int = option(
+        0, "updates; responses of older weights are left out, and counted; 0: no bound", low=0)
     # vLLM samples at .01 whatever is below, and refuses what is above 2
     temperature: float = option(
         1.0, "of the distribution that is sampled, and of π", low=0.01, high=2)
+    top_p: float = option(1.0, "nucleus of training; only 1 for now", low=0.01, high=1)
 
     # the training engine
     lr: float = option(1e-6, "learning rate", low=1e-12, high=1)
     warmup: int = option(10, "updates in which it rises to that")
+    lr_by: str = option("none", "also times the root of the effective sample size of tokens, or "
+                        "of responses as VCPO has it", "none", "token", "response")
     weight_decay: float = option(0.0, "of AdamW", low=0)
     gradient_norm: float = option(1.0, "bound of the gradient's norm", low=1e-9)
     train_precision: str = option("bf16", "of π; the master weights are fp32", "bf16", "fp32")
@@ -101,7 +106,13 @@ class Config:
                 ("train_data", c.train_data, "a file, a folder, or a name on the hub"),
                 ("updates", c.updates % c.mini_batches == 0, f"a multiple of {c.mini_batches}"),
                 ("token_budget", c.token_budget >= c.max_length,
-                 f"{c.max_length} or more, a whole row")):
+                 f"{c.max_length} or more, a whole row"),
+                ("max_staleness", not 0 < c.max_staleness < c.mini_batches - 1,
+                 f"0, or {c.mini_batches - 1} or more: so old is the last of a rollout batch's "
+                 f"--mini-batches {c.mini_batches}"),
+                # return_sampling_mask of vLLM 0.30 is Model Runner V2's alone, and wants a top-k
+                ("top_p", c.top_p == 1, "1: which tokens it keeps the engine does not say, so π "
+                 "cannot be normalised over them; --eval-top-p is for scores")):
             check(c, name, bool(fine), remedy)
         if c.watch == "back" and c.watch_times:
             check_way_back(c)

@@ -73,6 +73,7 @@ def warnings(row: dict) -> list[str]:
         said.append("all rewards equal: no gradient")
     for name, what in (("reward_errors", "responses got 0 for an error of the reward"),
                        ("reward_timeouts", "responses got 0 for the reward's time limit"),
+                       ("stale_responses", "responses were too old to train on"),
                        ("missing_routes", "pairs of token and layer have no route")):
         if row[name]:
             said.append(f"{row[name]} {what}")

@@ -38,8 +38,10 @@ class RolloutEngine(Protocol):
         routing (B, T, L, A): the experts, uint8 up to 256 and else int16, on padding spread valid
         ids; None for a family that families.py does not list. The same seed and weights give the
         same samples, where the kernels give the same logits: bf16 products can depend on what else
-        is in a batch. torch's random state stays as it is. version: that of the trainer. top_p
-        below 1 is for evaluation: it takes support from μ.
+        is in a batch. torch's random state stays as it is. version: that of the trainer. The
+        rollout's is the same, or, of an engine that samples on while weights change, (B,) integers:
+        of each response the oldest weights that sampled a token of it. top_p below 1 is for
+        evaluation: it takes support from μ, and which is not told.
         ValueError for prompts that do not fit. EngineError if the engine sleeps or has weights of
         another version, or a log-probability or route is missing."""
 

@@ -24,9 +24,10 @@ class Sums:
         self.counted: set[str] = set()  # not divided
 
     def add(self, name: str, mean, count):
-        """A mean, () or (n,), over `count` of something."""
-        mean = torch.as_tensor(mean, dtype=torch.float64).cpu()
-        row = torch.cat([mean.reshape(-1) * count, torch.tensor([count], dtype=torch.float64)])
+        """A mean, () or (n,), over `count` of something; of nothing it may be NaN."""
+        mean = torch.as_tensor(mean, dtype=torch.float64).cpu().reshape(-1)
+        mean = mean * count if count else torch.zeros_like(mean)
+        row = torch.cat([mean, torch.tensor([count], dtype=torch.float64)])
         self.totals[name] = self.totals.get(name, 0) + row
 
     def count(self, name: str, number: int):
@@ -39,9 +40,14 @@ class Sums:
         """What one training forward says, before its update: the metrics of nano_moe_rl."""
         mask, mu = part.mask, part.rollout_logprobs
         tokens, fed, rows = int(mask.sum()), int(part.fed.sum()), len(mask)
-        weights = (logprobs - mu)[mask].double().exp()
+        trained = mask.any(1)  # all but those that were too old
+        lengths, responses = mask.sum(1)[trained].double(), int(trained.sum())
+        log_weights = (logprobs - mu).double().masked_fill(~mask, 0.0)
+        weights = log_weights[mask].exp()
+        # bounded, so that a square is neither infinite nor 0
+        products = log_weights.sum(1)[trained].clamp(-300, 300).exp()
         self.add("reward", part.rewards.mean(), rows)
-        self.add("response_length", (part.lengths - part.prompt_lengths).double().mean(), rows)
+        self.add("response_length", lengths.mean(), responses)
         self.add("entropy", entropies[mask].mean(), tokens)
         self.add("mismatch_kl", kl_k3(mu, old_logprobs, mask), tokens)
         self.add("staleness_kl", kl_k3(old_logprobs, logprobs, mask), tokens)
@@ -54,6 +60,8 @@ class Sums:
             self.add("routing_agreement", routing_agreement(routing, part.routing, part.fed), fed)
         self.add("weight", weights.mean(), tokens)  # these two make the effective sample size
         self.add("squared_weight", weights.square().mean(), tokens)
+        self.add("product", products.mean(), responses)  # and these that of responses
+        self.add("squared_product", products.square().mean(), responses)
 
     def over_ranks(self) -> dict:
         """Name -> mean, a float or a list, or the number of what was counted, of all ranks. A
@@ -67,6 +75,7 @@ class Sums:
         means = {name: part[:-1] / part[-1] for name, part in parts.items()}
         if "weight" in means:
             means["effective_sample_size"] = means.pop("weight")**2 / means.pop("squared_weight")
+            means["response_sample_size"] = means.pop("product")**2 / means.pop("squared_product")
         return counts | {
             name: x.tolist() if len(x) > 1 or name in BY_PLACE else x.item()
             for name, x in means.items()}

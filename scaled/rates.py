@@ -15,7 +15,8 @@ NEEDED = [f"{phase}_seconds" for phase in MEASURED] + [
 # Options that say nothing about how long an update takes
 SILENT = {"name", "seed", "updates", "checkpoint_every", "keep", "tensorboard", "lr", "warmup",
           "weight_decay", "gradient_norm", "clip", "clip_low", "clip_high", "temperature",
-          "importance_sampling", "length_norm", "objective", "eval_every", "eval_samples",
+          "importance_sampling", "length_norm", "objective", "lr_by", "max_staleness", "top_p",
+          "eval_every", "eval_samples",
           "eval_top_p", "watch", "watch_rules", "watch_change", "watch_times"}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from nano_moe_rl import Rollout
 from scaled.data import Prompt
 from scaled.metrics import truncated
+from scaled.staleness import versions
 
 COUNT = 4  # responses at a time
 TEXT = 4000  # characters of a prompt or a response; what is longer lacks its middle
@@ -19,12 +20,13 @@ def samples(rollout: Rollout, asked: list[Prompt], tokenizer, source: str, count
     """The first response to each of the first prompts. rollout: rewarded, of as many responses to
     each prompt that was asked. ends: tokens that end a response."""
     each, cut = len(rollout.tokens) // len(asked), truncated(rollout, max_response, ends)
+    of = versions(rollout).tolist()
     rows = []
     for i, prompt in enumerate(asked[:count]):
         row = i * each
         response = rollout.tokens[row, rollout.prompt_lengths[row]:rollout.lengths[row]].tolist()
         rows.append({
-            "version": rollout.version, "source": source, "prompt_id": prompt.id,
+            "version": of[row], "source": source, "prompt_id": prompt.id,
             "prompt": shorten(tokenizer.decode(prompt.tokens)), "reference": prompt.answer,
             "response": shorten(tokenizer.decode(response, skip_special_tokens=True)),
             "reward": rollout.rewards[row].item(), "truncated": bool(cut[row])})

@@ -27,6 +27,7 @@ from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
 from scaled.samples import routes_of
 from scaled.saver import Saver
+from scaled.staleness import staleness, staleness_metrics, without_stale
 from scaled.terminal import give_away, say
 from scaled.trainer import prepare_batch, train_step
 
@@ -58,15 +59,18 @@ def train_batch(run: "Run") -> list[dict]:
 
 
 def update(run: "Run", part: Rollout, experts: list | None) -> dict:
-    """One update at the learning rate of its turn -> a row of metrics; experts as in train_step."""
-    c, lr = run.c, run.c.lr * min(1, (run.version + 1) / run.c.warmup)
+    """One update at the learning rate of its turn, from responses that are not too old by then -> a
+    row of metrics; experts as in train_step."""
+    c, ages = run.c, staleness(part, run.version)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = c.lr * min(1, (run.version + 1) / c.warmup)
     with run.phases("train"):
-        metrics = train_step(run.policy, run.optimizer, part, c, run.loss_fn, experts)
+        metrics = staleness_metrics(ages, c.max_staleness) | train_step(
+            run.policy, run.optimizer, without_stale(part, ages, c.max_staleness), c, run.loss_fn,
+            experts)
     run.version += 1
     run.phases.bar.update()
-    return {"update": run.version, "score": None, "score_errors": None, "lr": lr,
+    return {"update": run.version, "score": None, "score_errors": None,
             "sync_difference": None, "routing_agreement": None} | metrics
 
 

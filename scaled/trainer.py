@@ -77,13 +77,17 @@ def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
 def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollout, c: Config,
                loss_fn: Callable, experts: list | None = None) -> dict:
     """One update from one mini-batch, of which every rank has its rows -> metrics, all of them from
-    before the update. loss_fn: as in objectives.py. FloatingPointError on every rank, weights kept,
-    if it is not finite. experts, if it is empty, gets those of row 0: the engine's (T, L, A), and
-    what the trainer's routers choose."""
+    before the update, and the learning rate that it had. c.lr_by scales that of the optimizer, which
+    is set anew before each update. loss_fn: as in objectives.py. On every rank, weights kept,
+    FloatingPointError if it is not finite, RuntimeError if no response is left. experts, if it is
+    empty, gets those of row 0: the engine's (T, L, A), and what the trainer's routers choose."""
     counts = torch.stack([torch.tensor(len(batch.tokens)), batch.mask.sum()]).to(DEVICE)
     if dist.is_initialized():
         dist.all_reduce(counts)
     n_sequences, n_tokens = counts.tolist()  # of the whole mini-batch: one denominator
+    if not n_tokens:
+        raise RuntimeError(f"none of {n_sequences} responses is left to train on: all are older "
+                           f"than --max-staleness {c.max_staleness}")
     sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
     for rows, part in passes(batch, c):
         with routed(policy.model, part.replay, part.fed) as routes:
@@ -105,6 +109,17 @@ def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollou
     norm = getattr(norm, "full_tensor", lambda: norm)()
     if not (loss_sum.isfinite() and norm.isfinite()):  # the same on every rank
         raise FloatingPointError(f"loss {loss_sum:.3g}, gradient norm {norm:.3g}")
+    means = sums.over_ranks()
+    slow_down(optimizer, means, c.lr_by)
     optimizer.step()
     optimizer.zero_grad()  # here, so that no gradients take up memory during the next rollout
-    return sums.over_ranks() | {"loss": loss_sum.item(), "grad_norm": norm.item()}
+    return means | {"loss": loss_sum.item(), "grad_norm": norm.item(),
+                    "lr": optimizer.param_groups[0]["lr"]}
+
+
+def slow_down(optimizer: torch.optim.Optimizer, metrics: dict, by: str):
+    """The learning rate times √(ESS / n), of n tokens or of n responses with weights Π π_θ/μ, which are
+    not truncated: the second is VCPO's rule for AdamW (arXiv 2602.17616, and its code)."""
+    name = {"token": "effective_sample_size", "response": "response_sample_size"}.get(by)
+    for group in optimizer.param_groups if name else ():
+        group["lr"] *= metrics[name] ** 0.5

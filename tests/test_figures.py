@@ -13,6 +13,7 @@ from conftest import ROOT, sample_rollout
 import nano_moe_rl as nano
 from figures import claims, grid, intervals, mechanism, outcomes, runner
 from figures.intervals import ABSENT, CONTRADICTED, NOT_RUN, REPRODUCED, UNDECIDED
+from scaled.study import Study
 
 CELLS = {cell.key: cell for block in grid.BLOCKS for cell in block.cells}
 
@@ -201,6 +202,23 @@ def test_replay_of_the_response_keeps_the_prompts_own_experts(model, rollout):
 def figures(*arguments, cwd):
     command = [sys.executable, str(ROOT / "tutorials" / "figures"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_corrections_are_put_around_a_run_and_have_cells_and_seeds_to_be_compared_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    methods = {cell.method for block in grid.CORRECTIONS for cell in block.cells}
+    assert grid.STUDIES.keys() <= methods <= grid.METHODS.keys() and not {
+        cell.key for block in grid.CORRECTIONS for cell in block.cells} & CELLS.keys()
+    for block in grid.CORRECTIONS:
+        for cell in block.cells:
+            grid.STUDIES.get(cell.method, Study()).check(cell.config(1000))
+            assert set(block.seeds) <= set(grid.SIXTEEN) and cell.key.replace(cell.method, "none") in CELLS
+    rows = {method: runner.run(grid.Cell("router", 1, method), 1000, quick=True)
+            for method in ("R3, gate weights", "lag, slower steps", "none", "R3")}
+    assert all(row["stopped"] is None for row in rows.values())
+    again = runner.run(grid.Cell("router", 1, "none"), 1000, quick=True)  # nothing of a study is left behind
+    assert rows["none"] | {"seconds": 0} == again | {"seconds": 0}
+    assert len({rows[method]["mismatch_kl"][-1] for method in ("none", "R3", "R3, gate weights")}) == 3
 
 
 def test_a_quick_grid_runs_resumes_repeats_and_draws(tmp_path):

@@ -100,7 +100,8 @@ def test_two_commands_differ_in_one_flag_and_end_as_the_runs_do(page):
     for cell, config in zip(pairs.PAIRS[page], configs):
         theirs = cell.config(config.seed)
         assert nano.replace(config, eval_every=1, name="") == nano.replace(theirs, eval_every=1, name="")
-        start, = {row["start_steps"] for row in rows if row["seed"] == config.seed and "start_steps" in row}
+        start, = {row["start_steps"] for row in rows if (row["seed"], row["cell"].split(" | ")[0]) == (
+            config.seed, cell.regime) and "start_steps" in row}
         assert start == config.cold_start_steps
         ends.append({row["seed"]: row["engine_score"][-1][1] for row in rows if row["cell"] == cell.key})
     both = sorted(ends[0].keys() & ends[1].keys())

@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nano_moe_rl as nano  # noqa: E402
+from scaled import study  # noqa: E402
 
 
 def untrained(c: nano.Config, n_prompts: int = 32) -> tuple[nano.Model, nano.Rollout]:
@@ -62,24 +63,29 @@ def response_logprobs(theta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.stack(row) for row in table]), mask
 
 
-def first_order_gaps(distance: float) -> tuple[float, float, float]:
+def first_order_gaps(distance: float, top_p: float = 1.0, kept: bool = True) -> tuple[float, float, float]:
     """|J_seq - surrogate|, the norm of the difference of their gradients and that of J_seq's gradient,
-    with π_θ at `distance` along a random direction from μ in the table of logits."""
+    with π_θ at `distance` along a random direction from μ in the table of logits. μ samples from the
+    nucleus of top_p, over which π_θ is normalised too, unless not `kept`. J_seq = Σ_y π_θ(y) R(y)."""
     generator = torch.Generator().manual_seed(1)
     mu = torch.randn(len(PREFIXES), VOCABULARY, dtype=torch.float64, generator=generator)
     direction = torch.randn(mu.shape, dtype=torch.float64, generator=generator)
     theta = (mu + distance * direction).requires_grad_()
-    rollout_logprobs, mask = response_logprobs(mu)
-    logprobs, _ = response_logprobs(theta)
-    probability = rollout_logprobs.sum(1).exp()
-
-    ratio = (logprobs - rollout_logprobs).exp() * mask
-    j_seq = (probability * REWARDS * (logprobs - rollout_logprobs).sum(1).exp()).sum()
-    j_token = (probability * REWARDS * (ratio.sum(1) + 1 - mask.sum(1))).sum()
+    others = ~study.nucleus(mu, top_p)
+    rollout_logprobs, mask = response_logprobs(mu.masked_fill(others, study.NEVER))
+    logprobs, _ = response_logprobs(theta.masked_fill(others, study.NEVER) if kept else theta)
+    j_seq = (logprobs.sum(1).exp() * REWARDS).sum()  # of all responses, μ has those or not
     gradient, = torch.autograd.grad(j_seq, theta, retain_graph=True)
 
+    probability = rollout_logprobs.sum(1).exp()
+    seen = probability > 0
+    weighted, logprobs, rollout_logprobs, mask = (
+        x[seen] for x in (probability * REWARDS, logprobs, rollout_logprobs, mask))
+    ratio = (logprobs - rollout_logprobs).exp() * mask
+    j_token = (weighted * (ratio.sum(1) + 1 - mask.sum(1))).sum()
+
     # an expectation over μ: the advantage of a response times its probability, and one "sequence"
-    loss, _ = nano.minirl_loss(logprobs, rollout_logprobs, rollout_logprobs, probability * REWARDS, mask,
+    loss, _ = nano.minirl_loss(logprobs, rollout_logprobs, rollout_logprobs, weighted, mask,
                                n_sequences=1, n_tokens=1, clip=False)
     surrogate, = torch.autograd.grad(-loss, theta)
     return (j_seq - j_token).abs().item(), (gradient - surrogate).norm().item(), gradient.norm().item()
@@ -109,10 +115,7 @@ def replay_bias(precision: str, distances: list[float], seed: int = 0) -> dict[s
               "R3": engine.model(tokens[:, :-1], None, batch.fed, numerics=engine.numerics)[1]}
     bias = {mode: [] for mode in routes}
     for distance in distances:
-        model, generator = nano.Model(c), torch.Generator().manual_seed(seed + 1)
-        for weight in model.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight += distance * weight.norm() / noise.norm() * noise
+        model = moved(c, distance)
         native = sequence_logprobs(model, batch, None)
         for mode, replay in routes.items():
             replayed = sequence_logprobs(model, batch, replay)
@@ -120,7 +123,69 @@ def replay_bias(precision: str, distances: list[float], seed: int = 0) -> dict[s
     return bias
 
 
+@torch.no_grad()
+def moved(c: nano.Config, distance: float) -> nano.Model:
+    """A fresh model whose every weight has moved by `distance` of its norm in a random direction."""
+    model, generator = nano.Model(c), torch.Generator().manual_seed(c.seed + 1)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight += distance * weight.norm() / noise.norm() * noise
+    return model
+
+
 def sequence_logprobs(model: nano.Model, batch: nano.Rollout, replay: Tensor | None) -> Tensor:
     """log π(y | x) of every response, (B,), fp64."""
     logprobs, _, _ = nano.policy(model, nano.replace(batch, replay=replay))
     return (logprobs.double() * batch.mask).sum(1)
+
+
+def coarse_router(model: nano.Model) -> nano.InferenceEngine:
+    """An engine with nothing coarse but its routers' weights, in int4: other scores, and so some other experts."""
+    engine = nano.InferenceEngine(model, "fp32")
+    for gate in study.gates(engine.model):
+        gate.weight.copy_(nano.quantise(gate.weight, "int4"))
+    return engine
+
+
+def replay_table(engine_of, distance: float = 0.0, seed: int = 0) -> dict[str, dict[str, float]]:
+    """What each replay keeps and gives up, for a random MoE whose weights have moved by `distance` since the
+    rollout; all are sums over every response to a prompt. engine_of(model): the inference engine. Name -> numbers:
+
+    gap       KL(μ‖π), π as it is trained
+    target    KL(π ‖ π with its own experts): another policy is trained than the one that will be used
+    cosine    of MiniRL's expected gradient and that of J = Σ_y π(y) R(y), own experts
+    router    length of that gradient in the routers, relative to that of J's
+    """
+    c = nano.Config(seed=seed)
+    old, model = nano.Model(c), moved(c, distance)
+    tokens, lengths = enumerated(old)
+    batch = study.scored(engine_of(old), nano.Rollout(tokens, torch.full_like(lengths, 2), lengths))
+    with torch.no_grad():
+        routes = {"none": None, "R2": nano.policy(old, batch)[2], "R3": batch.routing}
+    routes |= {"R3, its weights": routes["R3"], "none, frozen router": None}
+    mu = (batch.rollout_logprobs.double() * batch.mask).sum(1)
+    rewards = torch.randn(len(mu), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rewards -= mu.exp() @ rewards  # the mean of a large group
+    parameters = dict(model.named_parameters())
+    routers = torch.cat([torch.full((p.numel(),), ".gate." in name) for name, p in parameters.items()])
+
+    def gradient(objective):
+        found = torch.autograd.grad(objective, parameters.values(), allow_unused=True, retain_graph=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double()
+                          for p, g in zip(parameters.values(), found)])
+
+    def trained(mode):
+        replayed = nano.replace(batch, replay=routes[mode])
+        return study.policy(model, replayed, gate_weights="weights" in mode)[0]
+    own = (trained("none").double() * batch.mask).sum(1)
+    exact, rows = gradient((own.exp() * rewards).sum()), {}
+    for mode in routes:
+        logprobs = trained(mode)
+        loss, _ = nano.minirl_loss(logprobs, logprobs.detach(), batch.rollout_logprobs, mu.exp() * rewards, batch.mask,
+                                   n_sequences=1, n_tokens=1, clip=False)
+        steps = gradient(-loss) * ~(routers & ("frozen" in mode))
+        pi = (logprobs.detach().double() * batch.mask).sum(1)
+        rows[mode] = dict(gap=(mu.exp() * (mu - pi)).sum().item(), target=(pi.exp() * (pi - own.detach())).sum().item(),
+                          cosine=torch.cosine_similarity(steps, exact, 0).item(),
+                          router=(steps[routers].norm() / exact[routers].norm()).item())
+    return rows

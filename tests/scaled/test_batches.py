@@ -71,8 +71,8 @@ def rollout():
 
 def test_every_tensor_of_a_rollout_has_its_axes(rollout):
     sizes = {"B": 5, "T+1": 10, "T": 9, "L": 3, "A": 2}
-    assert AXES.keys() == {field.name for field in fields(nano.Rollout)} - {"version"}
-    full = replace(rollout, old_logprobs=rollout.rollout_logprobs, replay=rollout.routing)
+    assert AXES.keys() == {field.name for field in fields(nano.Rollout)}
+    full = replace(rollout, old_logprobs=rollout.rollout_logprobs, replay=rollout.routing, version=torch.arange(5))
     for name, axes in AXES.items():
         assert getattr(full, name).shape == tuple(sizes[axis] for axis in axes.split()), name
 

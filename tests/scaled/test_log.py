@@ -19,7 +19,7 @@ from scaled.samples import BEFORE, TEXT, TOKENS, routes_of, samples, shorten
 C = Config(checkpoint="c", train_data="d", mini_batches=2, updates=4, eval_every=2)
 ROW = {column.value: 0.5 for column in COLUMNS if isinstance(column.value, str)} | {
     "update": 3, "routing_agreement": [0.5, 1.0], "score": None, "sync_difference": None, "score_errors": None,
-    "reward_errors": 0, "reward_timeouts": 0, "missing_routes": 0}
+    "reward_errors": 0, "reward_timeouts": 0, "stale_responses": 0, "missing_routes": 0}
 
 SHARES = ("clip_fraction", "truncation_rate", "equal_groups", "extreme_token_fraction")
 
@@ -62,6 +62,7 @@ def test_the_columns_are_the_first_that_fit():
 @pytest.mark.parametrize("changes, words", [
     ({"equal_groups": 1.0}, ["all rewards equal: no gradient"]), ({"equal_groups": 0.999}, []),
     ({"reward_errors": 2}, ["2 responses got 0 for an error of the reward"]),
+    ({"stale_responses": 5}, ["5 responses were too old to train on"]),
     ({"reward_timeouts": 1, "missing_routes": 7}, ["1 responses got 0 for the reward's time limit",
                                                    "7 pairs of token and layer have no route"])])
 def test_what_numbers_hide_is_said_in_words(changes, words):

@@ -148,3 +148,10 @@ def test_a_failure_of_vllm_is_never_a_value_error(model):
     with pytest.raises(EngineError, match="vllm 0.30.0 failed at its start: ValidationError: .* block_size") as failure:
         start(model, block_size="many")
     assert "\n" not in str(failure.value)
+
+
+def test_why_training_samples_from_all(model):
+    """The tokens that top-p keeps are told by a model runner that this engine does not use, and on a CPU there is none:
+    it needs Triton. Once this fails, --top-p can have other values than 1."""
+    with pytest.raises(EngineError, match="sampling distribution replay requires Model Runner V2"):
+        start(model, return_sampling_mask=True)

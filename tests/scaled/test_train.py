@@ -28,7 +28,8 @@ from tiny_run import METRICS as NANO_METRICS
 ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
-        "sync_difference", "weight_truncated_fraction", "equal_groups", "peak_memory_gib",
+        "sync_difference", "response_sample_size", "staleness", "stale_responses", "weight_truncated_fraction",
+        "equal_groups", "peak_memory_gib",
         "tokens_per_second_per_device", "rollout_seconds", "reward_seconds", "old_seconds", "train_seconds", "sync_seconds"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
@@ -89,6 +90,7 @@ def test_a_run_leaves_metrics_checkpoints_and_narrow_output(folder):
     assert [row["update"] for row in rows if row["sync_difference"] is not None] == [4, 8]
     # N = 4: the first mini-batch of a rollout batch is on-policy, the others are not
     stale = [row["staleness_kl"] for row in rows]
+    assert [row["staleness"] for row in rows] == [0, 1, 2, 3] * 6 and not any(row["stale_responses"] for row in rows)
     assert max(stale[0::4]) < 1e-9 < 1e-6 < min(stale[1::4])
     first, *_ = lines_of(folder, "whole", "metrics.jsonl")
     assert f"score {first['score']:.3f} before update 1" in out and first["score"] * 512 % 1 == 0

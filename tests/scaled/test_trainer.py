@@ -153,11 +153,13 @@ def test_sums_are_not_means_of_means():
     fed = whole_batch.fed
     truncated = sum(math.exp(x - y) > 5 for x, y in zip(logprobs[mask].tolist(), mu[mask].tolist()))
     assert truncated > 3
+    products = [math.prod(math.exp(x) for x in row[m].tolist()) for row, m in zip((logprobs - mu).double(), mask)]
     expected = dict(
         reward=whole_batch.rewards.mean(), entropy=entropies[mask].mean(),
         mismatch_kl=nano.kl_k3(mu, old, mask), staleness_kl=nano.kl_k3(old, logprobs, mask),
         extreme_token_fraction=nano.extreme_token_fraction(old, mu, mask),
         effective_sample_size=nano.effective_sample_size(logprobs - mu, mask),
+        response_sample_size=torch.tensor(products).sum()**2 / 24 / torch.tensor(products).square().sum(),
         routing_agreement=nano.routing_agreement(routing, whole_batch.routing, fed),
         clip_fraction=1 - gate[mask].double().mean(),
         dropped_responses=1 - torch.tensor([g[m].any() for g, m in zip(gate, mask)]).double().mean(),

@@ -2,6 +2,7 @@
 
     python tutorials/figures core      # run the grid; again: go on where it was interrupted
     python tutorials/figures report    # verdicts and pictures from what there is
+    python tutorials/figures corrections    # masks, objectives, gate weights, old rollouts: no claim asks for them
     python tutorials/figures moving    # another kind of picture: one response, and whose experts it meets
 
 Which runs there are, and why: grid. How one is made and kept: runner. What is read off it: outcomes.

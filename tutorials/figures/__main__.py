@@ -11,10 +11,10 @@ import nano_moe_rl as nano  # noqa: E402
 from figures import claims, drawing, grid, mechanism, moving, outcomes, pairs, runner  # noqa: E402
 
 
-def plan(results: Path) -> str:
+def plan(blocks: list[grid.Block], path: Path) -> str:
     """Each block: runs done, runs in all, and core-minutes of what is left."""
-    done, lines, counted = runner.load(results / "core.jsonl"), [], set()
-    for block in grid.BLOCKS:
+    done, lines, counted = runner.load(path), [], set()
+    for block in blocks:
         runs = [(cell, seed) for seed in block.seeds for cell in block.cells]
         todo = [(cell, seed) for cell, seed in runs if (cell.key, seed) not in done.keys() | counted]
         counted |= {(cell.key, seed) for cell, seed in todo}
@@ -54,6 +54,7 @@ def main():
     commands = parser.add_subparsers(dest="what", required=True)
     for name, text in (("plan", "what is run in which order, what is done, what the rest costs"),
                        ("core", "make the runs that are not done yet; resumes"),
+                       ("corrections", "runs of the corrections that no claim asks for; resumes; their outcomes"),
                        ("mechanism", "gradients of the estimators, no training; resumes"),
                        ("report", "verdicts and pictures from what there is"),
                        ("all", "core, mechanism and report"),
@@ -62,8 +63,9 @@ def main():
         command = commands.add_parser(name, help=text)
         command.add_argument("--results", type=Path, default=TUTORIALS / "results", metavar="DIR")
         command.add_argument("--quick", action="store_true", help="one seed, tiny runs: does it work at all?")
-        if name in ("core", "all"):
+        if name in ("core", "corrections", "all"):
             command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each")
+        if name in ("core", "all"):
             command.add_argument("--blocks", type=int, default=len(grid.BLOCKS), help="only the first of them")
         if name == "again":
             command.add_argument("cell", help="such as 'router | N=1 | R3'")
@@ -71,13 +73,17 @@ def main():
     given = parser.parse_args()
     results = given.results
     if given.what == "plan":
-        print(plan(results))
+        print(plan(grid.BLOCKS, results / "core.jsonl"))
+        print("\nby `corrections`:\n" + plan(grid.CORRECTIONS, results / "corrections.jsonl"))
     if given.what == "moving":
         print(*moving.write(TUTORIALS / "pictures"), sep="\n")
     if given.what == "again":
         sys.exit(not runner.again(given.cell, given.seed, results / "core.jsonl", given.quick))
     if given.what in ("core", "all"):
         runner.run_blocks(grid.BLOCKS[:given.blocks], results / "core.jsonl", given.jobs, given.quick)
+    if given.what == "corrections":
+        runner.run_blocks(grid.CORRECTIONS, results / "corrections.jsonl", given.jobs, given.quick)
+        print(outcomes.table(outcomes.Runs(runner.load(results / "corrections.jsonl"))))
     if given.what in ("mechanism", "all"):
         path = results / "mechanism.json"
         mechanism.measure(given.quick, read(path), lambda rows: nano.save(path, json.dumps(rows, indent=1).encode()))

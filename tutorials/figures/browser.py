@@ -9,7 +9,8 @@ PATIENCE = 120  # seconds
 class Browser:
     """A page of a file. `errors` has what scripts threw and what the console complained of."""
     def __init__(self, page: Path, width: int, height: int = 900, dark: bool = False):
-        self.folder, self.errors, self.count, self.rest = tempfile.TemporaryDirectory(), [], 0, b""
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # Chromium's children end a little later
+        self.errors, self.count, self.rest = [], 0, b""
         (theirs_in, self.out), (self.inp, theirs_out) = os.pipe(), os.pipe()
         given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]  # 3 and 4 may be taken
         self.process = subprocess.Popen(

@@ -9,6 +9,7 @@ from functools import partial
 
 import nano_moe_rl as nano
 from scaled import objectives
+from scaled.study import Study
 
 # The base recipe. Rollouts, rewards and all numbers of every update come from the default model; a
 # correct response to six digits has 15 tokens, so 16 are enough, and are faster than the default.
@@ -48,12 +49,22 @@ METHODS = {  # all with clipping, unless the name says otherwise; it does nothin
     "random drop": {},  # does it only make them noisier? As many tokens as the gate would drop
     "frozen router": {},  # a router that cannot learn: what remains of flips is the noise
     "R3 on the response": R3,  # the prompt keeps the training engine's experts
+    "IcePop": {}, "MIS-token": {}, "MIS": {}, "OPSM": {}, "R3, gate weights": R3,
+    "lag": {}, "lag, R3": R3, "lag, DPPO": {}, "lag, slower steps": {},
 }
 LOSSES = {  # name: (loss, advantages), where they are not MiniRL's
     "GRPO": (objectives.grpo_loss, objectives.standardised_advantages),
     "CISPO": (objectives.cispo_loss, objectives.standardised_advantages),
     "DPPO": (objectives.dppo_loss, nano.group_advantages),
     "random drop": (objectives.random_drop_loss, nano.group_advantages),
+    "lag, DPPO": (objectives.dppo_loss, nano.group_advantages),
+} | {name: (objectives.OBJECTIVES[name].loss, nano.group_advantages) for name in ("IcePop", "MIS-token", "MIS", "OPSM")}
+# As old, in updates, as the last of LITTLE staleness; but every batch, and by time.
+LAG = 7
+STUDIES = {  # name: what is put around the single file
+    "R3, gate weights": Study(gate_weights=True),
+    "lag": Study(lag=LAG), "lag, R3": Study(lag=LAG), "lag, DPPO": Study(lag=LAG),
+    "lag, slower steps": Study(lag=LAG, lr_by="response"),
 }
 
 
@@ -145,6 +156,18 @@ BLOCKS = [  # in the order in which they are run
 
 # Seeds that a claim about a cell waits for: those of the first block that has it.
 PLANNED = {cell.key: len(block.seeds) for block in reversed(BLOCKS) for cell in block.cells}
+
+# Corrections beside replay, and rollouts that are old by time; into a file of their own, since no claim asks for them.
+# What to compare with is in BLOCKS: none, R3, no IS and DPPO with N = 1, and with LITTLE staleness.
+CORRECTIONS = [
+    Block("objectives and masks",
+          cells(["router"], [1], ["IcePop", "MIS-token", "MIS", "OPSM", "GRPO", "CISPO"]), EIGHT,
+          "the same rollouts' gap, in training: which mask or objective does as well as R3?"),
+    Block("gate weights", cells(["router"], [1], ["R3, gate weights"]), EIGHT,
+          "is a router that cannot learn a price worth paying for a smaller gap?"),
+    Block("old by time", cells(["mild"], [1], ["lag", "lag, R3", "lag, DPPO", "lag, slower steps"]), EIGHT,
+          "rollouts seven batches old against eight updates a batch: does replay help, a mask on μ, a slower step?"),
+]
 
 
 def minutes(cell: Cell) -> float:

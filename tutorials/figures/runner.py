@@ -1,6 +1,7 @@
 """Makes the runs of the grid, one thread and one line of JSON each, and keeps what is done."""
 import hashlib, io, json, multiprocessing, time  # noqa: E401
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -10,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 import nano_moe_rl as nano
-from figures.grid import LOSSES, Block, Cell
+from figures.grid import LOSSES, STUDIES, Block, Cell
+from scaled import study
 
 CURVES = ("reward", "entropy", "mismatch_kl", "staleness_kl", "extreme_token_fraction", "clip_fraction")
 STEP = 8  # updates of which a curve keeps the mean
@@ -74,12 +76,12 @@ def run(cell: Cell, seed: int, quick: bool = False) -> dict:
     model.load_state_dict(state)
     torch.manual_seed(seed)  # of `random drop`; all else has generators of its own
     if cell.method == "frozen router":
-        for layer in model.layers:
-            layer.mlp.gate.requires_grad_(False)
+        study.freeze_routers(model)
     prepare = replay_the_response if cell.method == "R3 on the response" else nano.prepare_batch
     rows, stopped = [{"update": 0}], None
     try:
-        with patch.object(nano, "prepare_batch", prepare):
+        around = STUDIES[cell.method].around(c) if cell.method in STUDIES else nullcontext()
+        with around, patch.object(nano, "prepare_batch", prepare):
             nano.learn(model, nano.adamw(model, c.lr), rows, *LOSSES.get(cell.method, ()))
     except FloatingPointError as error:  # a collapse, not a run to drop: its last score is 0
         stopped = f"{error}, after update {rows[-1]['update']}"
