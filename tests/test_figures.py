@@ -207,8 +207,10 @@ def figures(*arguments, cwd):
 def test_corrections_are_put_around_a_run_and_have_cells_and_seeds_to_be_compared_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     methods = {cell.method for block in grid.CORRECTIONS for cell in block.cells}
-    assert grid.STUDIES.keys() <= methods <= grid.METHODS.keys() and not {
-        cell.key for block in grid.CORRECTIONS for cell in block.cells} & CELLS.keys()
+    keys = {cell.key for block in grid.CORRECTIONS for cell in block.cells}
+    # what they are compared with is run again beside them: another machine's cold starts are others
+    assert keys & CELLS.keys() == {"router | N=1 | none", "router | N=1 | R3", "mild | N=1 | none"}
+    assert grid.STUDIES.keys() <= methods <= grid.METHODS.keys()
     for block in grid.CORRECTIONS:
         for cell in block.cells:
             grid.STUDIES.get(cell.method, Study()).check(cell.config(1000))
