@@ -37,7 +37,7 @@ def ours(c: dict) -> dict:
                      train_precision="fp32", updates=1)
     with timing.group():
         engine, policy = timing.engine(c["folder"], options.max_length), timing.policy(c["folder"])
-        optimizer = adamw(policy, 1e-3)
+        optimizer, loss = adamw(policy, 1e-3), partial(minirl_loss, clip=True)
         for step in range(c["steps"]):
             marks = [clock()]
             batch = engine.generate(c["prompts"][P * step:P * (step + 1)], G, c["response"], step, step)
@@ -45,7 +45,7 @@ def ours(c: dict) -> dict:
             marks.append(clock())
             batch.rewards = (batch.tokens[:, -1] < c["vocabulary"] / 2).float()
             batch.advantages = group_advantages(batch.rewards, G)
-            train_step(policy, optimizer, prepare_batch(policy, batch, options), options, partial(minirl_loss, clip=True))
+            train_step(policy, optimizer, prepare_batch(policy, batch, options), options, loss)
             marks.append(clock())
             with torch.no_grad():
                 engine.load_weights(named_weights(policy), step + 1)

@@ -54,7 +54,7 @@ def sync(c: dict) -> dict:
 
         arms = dict(copy=copy, gather=lambda: [None for _ in named_weights(policy)], publish=publish, sync=take)
         found = turns({name: partial(seconds, arm) for name, arm in arms.items()}, c["rounds"])
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(timing.clock)
         profile.runcall(take)
         stats = pstats.Stats(profile).stats
         top = sorted(((own, calls, f"{Path(file).name}:{name}") for (file, _, name), (_, calls, own, *_)

@@ -160,9 +160,16 @@ def checkpoint(folder: Path, layers: int, width: int, experts: int, top_k: int,
         num_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=expert_width,
         norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=context,
         bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    model.generation_config.eos_token_id = 0  # which scaled asks for; vLLM does not look there
+    model.generation_config.eos_token_id = 0  # which scaled asks for
     model.save_pretrained(folder)
+    endless(folder).mkdir()
+    (endless(folder) / "generation_config.json").write_text("{}")
     return str(folder)
+
+
+def endless(folder) -> Path:
+    """A folder with a generation config without an end token: vLLM stops at that of the checkpoint's."""
+    return Path(folder, "endless")
 
 
 def engine(folder: str, max_length: int, precision: str = "fp32", routes: bool = True):
@@ -170,7 +177,7 @@ def engine(folder: str, max_length: int, precision: str = "fp32", routes: bool =
     from scaled.rollout import Engine
 
     made = Engine(folder, precision=precision, tensor_parallel=1, max_length=max_length, temperature=1.0, seed=0,
-                  routes=routes)
+                  routes=routes, generation_config=str(endless(folder)))
     made.eos = []
     return made
 

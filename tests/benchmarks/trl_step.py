@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on a benchmark's shape. Runs in TRL's own environment; see speed.py, scaled_trl.py.
 
     python trl_step.py --cell '{"precision": "fp32", "steps": 12}'     # the shape of speed.py
-    python trl_step.py --cell '{"precision": "fp32", "steps": 12, "folder": …, "prompts": …, "group": …, "response": …}'
+    python trl_step.py --cell '{"precision": "fp32", "steps": 12, "folder": …, "prompts": …, …}'   # a checkpoint's
 
 Prints one JSON object: seconds of each step after the first two, and of these what generation took.
 """

@@ -75,7 +75,8 @@ def test_what_routing_costs():
     assert found["rollout"]["not captured"][0]["bytes"] == 0
     assert found["row"]["bytes"] == found["row"]["formula"] == 33 * 4 * 2
     text = routing.table(c, found)
-    assert re.search(rf"routes captured / not +{NUMBER} \[", text) and re.search(rf"replayed / recorded +{NUMBER}", text)
+    for line in ("routes captured / not", "replayed / recorded"):
+        assert re.search(rf"{line} +{NUMBER} \[", text)
     assert f"bytes a token: 4 by L · A, 4.0 measured; {2 * 5 / 24:.1%} are those" in text
     assert "a row of 33 tokens, 4 layers, 2 of 8 experts: 0.00 MB" in text
 
