@@ -1,7 +1,7 @@
 """How seconds and peak memory grow: with lengths, vocabulary, experts, layers, responses and ranks.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/growth.py --picture tests/benchmarks/growth.svg
-    OMP_NUM_THREADS=1 python tests/benchmarks/growth.py --only train --axis vocabulary
+    OMP_NUM_THREADS=1 python tests/benchmarks/growth.py --rows rows.jsonl --picture growth.svg
+    OMP_NUM_THREADS=1 python tests/benchmarks/growth.py --rows rows.jsonl --only train --axis vocabulary
 
 Each cell is a process of its own: one update of scaled's trainer, one rollout of its engine, the laptop
 recipe over many rollout batches, or one update of the single file. Memory is the peak of the process
@@ -236,7 +236,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--axis", help="only what is turned by this name")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions in a cell, of which the median counts")
     parser.add_argument("--count", type=int, default=32, help="rollout batches of the laptop recipe")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--rows", type=Path, help="JSON lines, to which each cell adds its own")
+    parser.add_argument("--picture", type=Path, help="draws what --rows has by then")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.cell:
@@ -251,10 +252,24 @@ def main(argv: list[str] | None = None):
                 axes = {axis: of for axis, of in axes.items() if args.axis in (axis, None)}
                 found[kind] = cells(kind, axes, base, args.rounds, Path(folder))
                 print(table(kind, axes, found[kind]), flush=True)
+                if args.rows:
+                    with args.rows.open("a") as f:
+                        f.writelines(json.dumps(dict(kind=kind, axis=axis) | row) + "\n"
+                                     for axis, rows in found[kind].items() for row in rows)
     if args.only in (BATCHES, None):
         print(batches({}, args.count)[0])
     if args.picture:
-        draw(found, args.picture)
+        draw(read(args.rows) if args.rows else found, args.picture)
+
+
+def read(path: Path) -> dict[str, dict[str, list[dict]]]:
+    """What cells have added: of several runs of an axis the last one."""
+    found = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        of = found.setdefault(row["kind"], {}).setdefault(row["axis"], {})
+        of[row["value"]] = row
+    return {kind: {axis: [of[value] for value in sorted(of)] for axis, of in axes.items()}
+            for kind, axes in found.items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 bottleneck. Nothing is computed here that the plan does not compute; no GPU is needed.
 
     python tests/benchmarks/on_paper.py
-    python tests/benchmarks/on_paper.py --model Qwen3-235B-A22B --gpus 64 128 256 512 --tensor-parallel 8
+    python tests/benchmarks/on_paper.py --model Qwen3-235B-A22B --gpus 64 512 --tensor-parallel 8
 """
 import argparse
 import sys
@@ -57,13 +57,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--model", default="Qwen3-30B-A3B")
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--cpu-offload", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--tensor-parallel", type=int, help="left out, the recipe's, as the next one")
+    parser.add_argument("--cpu-offload", action=argparse.BooleanOptionalAction)
     parser.add_argument("--train-efficiency", type=float, default=0.2)
     parser.add_argument("--rollout-efficiency", type=float, default=0.5)
     args = parser.parse_args(argv)
-    options = dict(tensor_parallel=args.tensor_parallel, cpu_offload=args.cpu_offload)
-    machine = dict(train_efficiency=args.train_efficiency, rollout_efficiency=args.rollout_efficiency)
+    options = {name: value for name in ("tensor_parallel", "cpu_offload")
+               if (value := getattr(args, name)) is not None}
+    machine = {name: getattr(args, name) for name in ("train_efficiency", "rollout_efficiency")}
     print(table(args.model, args.gpu, rows(args.model, args.gpus, args.gpu, options, machine)))
 
 

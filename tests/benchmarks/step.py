@@ -134,9 +134,10 @@ def idle(c: dict) -> dict:
     from scaled.train import train
 
     os.chdir(c["folder"])
-    config = read_config(str(ROOT / "scaled/configs/laptop.toml"), dict(
-        updates=4 * (c["rounds"] + 2), eval_every=10**6, checkpoint_every=10**6) | c["options"])
-    N, path, marks = config.mini_batches, Path("runs", config.name), []
+    N = c["options"].get("mini_batches", 4)
+    config = read_config(str(ROOT / "scaled/configs/laptop.toml"), dict(  # the first and the last are left out
+        updates=N * (c["rounds"] + 2), eval_every=10**6, checkpoint_every=10**6) | c["options"])
+    path, marks = Path("runs", config.name), []
     if RANK == 0:
         path.mkdir(parents=True, exist_ok=True)
 
