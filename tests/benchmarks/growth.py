@@ -36,13 +36,13 @@ TRAIN = {
     "layers": ((2, 4, 8), "linear", "linear"),
     "responses": ((16, 32, 64), "linear", "flat: more passes"),
     "budget": ((1024, 2048, 4096), "flat", "linear until one pass has all"),
-    "ranks": ((1, 2), "half, and what ranks say to each other", "flat: the same passes, fewer")}
+    "ranks": ((1, 2), "half, and what ranks say to each other", "half: fewer rows than a pass holds")}
 ROLLOUT = {
-    "response": ((128, 256, 512), "linear, attention's square on top", "linear: pages of the cache as they fill"),
-    "vocabulary": ((1024, 8192, 50_257), "linear on top of the layers", "logits of one step, linear"),
+    "response": ((128, 256, 512), "linear, attention's square on top", "flat: the cache is there from the start"),
+    "vocabulary": ((1024, 8192, 50_257), "linear on top of the layers", "logits of one step: 3 MiB"),
     "experts": ((8, 16, 32), "linear until a step reads all", "flat"),
-    "layers": ((2, 4, 8), "linear", "linear: the cache"),
-    "responses": ((16, 32, 64), "less than linear: they share a step", "linear: the cache")}
+    "layers": ((2, 4, 8), "linear", "flat"),
+    "responses": ((16, 32, 64), "less than linear: they share a step", "linear: what is returned")}
 SINGLE = {
     "batch": ((64, 128, 256), "linear", "linear"),
     "length": ((16, 32, 64), "linear, attention's square on top", "linear, that square on top"),
