@@ -7,17 +7,17 @@
 256 responses an update, 16 each to 16 prompts: 9 tokens of prompt, 11 of response, on-policy.
 Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is asserted.
 """
-import argparse, json, platform, subprocess, sys, time, venv  # noqa: E401
+import argparse, subprocess, venv  # noqa: E401
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
+import timing
 import torch
+from timing import ROOT, clock
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,  # noqa: E402
+from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,
                          adamw, group_advantages, make_prompts, prepare_batch, train_step)
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
@@ -40,11 +40,6 @@ def update_gflop(c: Config) -> float:
     multiplications = c.layers * (attention + moe + scores) + c.width * len(VOCABULARY)
     forwards = 1 + 3  # rollout; training, where the backward pass costs two forward passes
     return 2 * multiplications * SEQUENCES * TOKENS * forwards / 1e9
-
-def clock() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 def matrix_rate() -> float:
     """GFLOP/s of an fp32 product as large as one projection of a whole batch, at its best."""
@@ -98,11 +93,9 @@ def trl_python(python: str) -> str:
 
 def trl_updates(python: str, precision: str) -> list[float]:
     """Seconds of each of TRL's updates after its warm-up, from a process of its own."""
-    script, steps = Path(__file__).with_name("trl_step.py"), str(WARM_UP + UPDATES)
-    done = subprocess.run([python, script, precision, steps], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{done.stderr}\n{python} could not run {script}")
-    return json.loads(done.stdout.splitlines()[-1])
+    script = str(Path(__file__).with_name("trl_step.py"))
+    setting = dict(precision=precision, steps=WARM_UP + UPDATES)
+    return timing.in_process(script, setting, python=python)["seconds"]
 
 def measure(python: str | None) -> tuple[dict, dict, float]:
     """Seconds of our updates and of TRL's by setting, and the matrix rate. They take turns: a while
@@ -123,9 +116,7 @@ def main():
     parser.add_argument("--trl", nargs="?", const="", metavar="PYTHON", help="compare with TRL")
     trl, c = parser.parse_args().trl, benchmark_config()
     python = None if trl is None else trl_python(trl)
-    card = torch.cuda.get_device_name() + ", " if DEVICE == "cuda" else ""
-    print(f"{card}{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(timing.machine())
     parameters = sum(p.numel() for p in Model(c).parameters())
     gflop = update_gflop(c)
     print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")

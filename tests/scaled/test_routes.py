@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scaled.engine import EngineError
+from scaled.replay import check_routes, repeated
 from scaled.rollout import normalise_routes
 
 
@@ -58,3 +59,21 @@ GOOD = routed(6, 4, [0], 3, 8, np.int32)
 def test_routes_that_are_refused(raw, message):
     with pytest.raises(EngineError, match=message):
         normalise_routes(raw, rows=6, layers=[1, 2, 3], n_hidden_layers=4, top_k=3, n_experts=8)
+
+
+def test_repeated_experts_are_found_wherever_they_stand():
+    """All rows of three ids below four, the axis of the experts in front."""
+    rows = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    for dtype in (torch.uint8, torch.int16):
+        found = repeated(rows.to(dtype).T.unflatten(1, (8, 8)))
+        assert found.flatten().tolist() == [len({*row}) < 3 for row in rows.tolist()]
+    assert not repeated(torch.zeros(1, 5, dtype=torch.uint8)).any()  # a single expert repeats nobody
+
+
+def test_ids_beyond_the_model_are_refused_in_every_width():
+    mask = torch.tensor([[True, True, False]])
+    for dtype, experts, last in ((torch.uint8, 255, 255), (torch.int16, 300, 300), (torch.int64, 8, 2**16 + 3)):
+        routes = torch.tensor([[[[0, 1]], [[2, last]], [[7, 7]]]]).to(dtype)  # padding holds anything
+        with pytest.raises(ValueError, match="1 of 2 .token, layer. pairs"):
+            check_routes(routes, mask, (1, 3, 1, 2), experts)
+    check_routes(torch.tensor([[[[0, 1]], [[2, 255]], [[7, 7]]]], dtype=torch.uint8), mask, (1, 3, 1, 2), 256)

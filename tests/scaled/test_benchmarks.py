@@ -1,0 +1,208 @@
+"""The benchmarks on the smallest settings: that a table has what it says. No time is asserted."""
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import growth  # noqa: E402
+import on_paper  # noqa: E402
+import routing  # noqa: E402
+import scaled_trl  # noqa: E402
+import soak  # noqa: E402
+import step  # noqa: E402
+import timing  # noqa: E402
+from scaled import batches  # noqa: E402
+
+TINY = dict(layers=2, width=64, experts=8, top_k=2, expert_width=32, vocabulary=61)
+NUMBER = r"-?\d+\.\d+"
+
+
+# ----------------------------------------------------------------------------------------- helpers
+def test_the_interval_of_a_median_misses_it_in_one_of_twenty_at_most():
+    """The median of a distribution lies below each of n values with probability 1/2: all cases."""
+    for n in (6, 9, 12):
+        values = range(n)
+        _, low, high = timing.middle(values)
+        inside = [low < below <= high for below in map(sum, itertools.product((0, 1), repeat=n))]
+        assert sum(inside) / len(inside) >= 0.95  # `below` values are smaller than the median
+        narrower = [low + 1 < below <= high - 1 for below in map(sum, itertools.product((0, 1), repeat=n))]
+        assert sum(narrower) / len(narrower) < 0.95
+    assert timing.middle([3, 1, 2]) == (2, 1, 3)
+
+
+def test_turns_go_back_and_forth_and_ratios_are_those_of_a_turn():
+    order, counts = [], itertools.count(1)
+    arms = {name: lambda name=name: order.append(name) or next(counts) for name in "ab"}
+    found = timing.turns(arms, rounds=3, warm_up=1)
+    assert "".join(order) == "baabbaab"  # the warm-up is the first pair
+    assert found == {"a": [3, 6, 7], "b": [4, 5, 8]}
+    assert timing.ratio(found["b"], found["a"])[0] == 8 / 7
+
+
+def test_a_cell_prints_its_result_and_says_why_it_failed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, json\nsys.path.append({str(BENCHMARKS)!r})\nimport timing\n"
+                      "def cell(c):\n    print('noise')\n    return dict(twice=2 * c['x'])\n"
+                      "timing.cell(cell, json.loads(sys.argv[2]))\n")
+    assert timing.in_process(str(script), dict(x=3)) == {"twice": 6}
+    with pytest.raises(RuntimeError, match="KeyError: 'x'"):
+        timing.in_process(str(script), dict(y=3))
+
+
+def test_random_rollouts_can_be_replayed():
+    from scaled.replay import check_routes
+
+    rollout = timing.random_rollout(8, 4, 3, 5, TINY)
+    check_routes(rollout.routing, rollout.fed, (8, 7, TINY["layers"], TINY["top_k"]), TINY["experts"])
+    assert rollout.mask.sum() == 8 * 5 and rollout.tokens.max() < TINY["vocabulary"]
+    assert rollout.advantages.view(2, 4).sum(1).abs().max() < 1e-6
+
+
+# ----------------------------------------------------------------------------------------- routing
+def test_what_routing_costs():
+    c = TINY | dict(prompts=2, group=3, prompt=5, response=4, rounds=1, budget=40, row=(4, 2, 8, 33))
+    found = routing.measure(c)
+    first, P, G, T = found["rollout"]["captured"][0], 2, 3, 5 + 4 - 1
+    assert first["tokens"] == P * G * T and first["bytes"] == P * G * T * 2 * 2
+    assert first["again"] == P * (G - 1) * 5 * 2 * 2  # the prompt, once for each response but the first
+    assert first["seconds"] > first["run"] > 0 and first["routes"] > 0
+    assert found["rollout"]["not captured"][0]["bytes"] == 0
+    assert found["row"]["bytes"] == found["row"]["formula"] == 33 * 4 * 2
+    text = routing.table(c, found)
+    for line in ("routes captured / not", "replayed / recorded"):
+        assert re.search(rf"{line} +{NUMBER} \[", text)
+    assert f"bytes a token: 4 by L · A, 4.0 measured; {2 * 5 / 24:.1%} are those" in text
+    assert "a row of 33 tokens, 4 layers, 2 of 8 experts: 0.00 MB" in text
+
+
+# -------------------------------------------------------------------------------------------- step
+def slow_padding(lengths, budget):
+    """Positions of every pass of every rank, one by one."""
+    parts = [batches.micro_batches(rows, budget) for rows in lengths]
+    passes = max(map(len, parts))
+    nothing = fed = waited = whole = 0
+    for n in range(passes):
+        sizes = []
+        for rows, of in zip(lengths, parts):
+            part = [rows[i] - 1 for i in of[n]] if n < len(of) else []
+            positions = sum(max(part) for _ in part) if part else 1
+            fed += sum(part)
+            nothing += positions - sum(part)
+            sizes.append(positions)
+        waited += sum(max(sizes) - size for size in sizes)
+        whole += max(sizes) * len(sizes)
+    return nothing / (nothing + fed), waited / whole, passes
+
+
+def test_padding_and_waiting_by_counting():
+    drawn = torch.randint(2, 30, (3, 7), generator=torch.Generator().manual_seed(1)).tolist()
+    for lengths, budget in (([[5, 5]], 10), ([[9, 2, 2], [3, 3, 3]], 9), (drawn, 31), (drawn, 200)):
+        found = step.padding(lengths, budget)
+        assert tuple(found.values()) == pytest.approx(slow_padding(lengths, budget))
+    assert step.padding([[5, 5]], 10) == dict(padding=0, waiting=0, passes=1)
+
+
+def test_lengths_are_drawn_as_stated():
+    assert step.drawn("equal", 3, 9, 0) == [9, 9, 9]
+    skewed = step.drawn("skewed", 4000, 3000, 0)
+    assert max(skewed) == 3000 and min(skewed) >= 1 and abs(sum(skewed) / 4000 - 1000) < 50
+
+
+def test_a_step_by_its_parts(tmp_path):
+    soak.prepare(tmp_path)
+    options = dict(prompts=4, group_size=2, mini_batches=2, warmup=1, checkpoint=str(tmp_path / "hf"),
+                   nano_cold_start=False, train_data=str(tmp_path / "train.jsonl"), eval_data="", max_prompt=7,
+                   max_response=8)
+    c = TINY | dict(rounds=1, ranks=0, precision="fp32", only=None, options=options)
+    text = step.measure(c)
+    assert list(text) == ["sync", "padding", "idle"]
+    parameters = 2 * 61 * 64 + 64 + 2 * (2 * 64 + 2 * 32 + 64 * (64 + 2 * 32 + 64) + 8 * 64 + 8 * 3 * 64 * 32)
+    assert f"sync of {4 * parameters / 1e6:.0f} MB of fp32 weights, {2 * (8 + 1 + 8 * 3) + 3} published" in text["sync"]
+    shares = [float(x) for x in re.findall(rf"({NUMBER})%(?: of the sync)?$", text["sync"], re.MULTILINE)]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert text["padding"].count("\n") == 3 * len(step.RECIPES)
+    phases = dict(re.findall(rf"^  ([a-z ]+?) +({NUMBER}) s", text["idle"], re.MULTILINE))
+    assert phases.keys() == {"reward", "rollout", "old", "train", "sync", "between phases"}
+    whole = float(re.search(rf": ({NUMBER}) s", text["idle"])[1])
+    assert sum(map(float, phases.values())) == pytest.approx(whole, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------ growth
+def test_growth_of_every_kind(tmp_path):
+    found, base = {}, growth.BASE | TINY | dict(prompt=4, response=6, responses=8, budget=60)
+    axes = {"train": {"ranks": ((1, 2), "half", "flat")}, "rollout": {"layers": ((2, 4), "linear", "linear")},
+            "single": {"batch": ((8, 16), "linear", "linear")}}
+    for kind, of in axes.items():
+        found[kind] = growth.cells(kind, of, base if kind != "single" else growth.NANO | dict(length=4), 1, tmp_path)
+        text = growth.table(kind, of, found[kind])
+        axis = next(iter(of))
+        assert f"{kind}: {axis}" in text and f"seconds: expected {of[axis][1]}; measured power" in text
+    one, two = found["train"]["ranks"]
+    assert 0 < two["gradients"] == pytest.approx(one["gradients"] / 2, rel=0.01)  # 31 of 61 symbols are on rank 0
+    assert all(row["seconds"] > 0 and row["process"] >= row["mib"] for kind in found.values()
+               for rows in kind.values() for row in rows)
+    growth.draw(found, tmp_path / "growth.svg")
+    assert "rollout: seconds" in (tmp_path / "growth.svg").read_text()
+
+
+def test_powers_are_slopes_of_logarithms():
+    rows = [dict(value=x, cubic=2 * x**3, nothing=0) for x in (2, 4, 8)]
+    assert growth.exponent(rows, "cubic") == pytest.approx((3, 3)) and math.isnan(growth.exponent(rows, "nothing")[0])
+
+
+def test_memory_after_rollout_batches(monkeypatch):
+    """As the metrics of a run have it, in GiB; the run itself is that of step.py."""
+    asked = []
+    monkeypatch.setattr(timing, "in_process", lambda script, setting: asked.append((script, setting)) or dict(
+        peaks=[1.0, 1.0, 1.25, 1.5, 9.0]))
+    text, peaks = growth.batches({"lr": 1e-4}, 4)
+    assert peaks == [(2, 1024), (4, 1536)] and "measured +256.00 MiB a batch" in text
+    (script, setting), = asked
+    assert Path(script).name == "step.py" and setting["kind"] == "idle" and setting["options"] == {"lr": 1e-4}
+
+
+# --------------------------------------------------------------------------------------------- TRL
+def test_scaled_beside_trl(tmp_path):
+    """Ours in a process of its own; TRL's environment is not there, its numbers are made up."""
+    c = TINY | dict(folder=timing.checkpoint(tmp_path, **TINY), steps=scaled_trl.WARM_UP + 2, prompts_a_step=2,
+                    group=2, prompt=4, response=3, prompts=timing.prompts(8, 4, 61))
+    ours = timing.in_process(str(BENCHMARKS / "scaled_trl.py"), c)
+    assert {name: len(x) for name, x in ours.items()} == dict(seconds=2, rollout=2, train=2, sync=2)
+    for whole, *parts in zip(ours["seconds"], ours["rollout"], ours["train"], ours["sync"]):
+        assert whole == pytest.approx(sum(parts))
+    theirs = dict(seconds=[3 * x for x in ours["seconds"]], rollout=[2 * x for x in ours["rollout"]])
+    text = scaled_trl.table(dict(prompts=2, group=2, prompt=4, response=3, updates=2, rounds=1),
+                            {"TRL": [theirs], "scaled": [ours]})
+    assert re.search(r"rollout .* 2\.00 \[2\.00, 2\.00\]", text) and re.search(r"update .* 3\.00 \[.*bound 1\.5", text)
+
+
+def test_both_sides_of_trl_take_the_same_setting():
+    """trl_step.py needs packages that are not here: its source is read."""
+    source = (BENCHMARKS / "trl_step.py").read_text()
+    read = set(re.findall(r'c\["(\w+)"\]', source))
+    assert read == {"folder", "steps", "vocabulary", "prompts", "prompts_a_step", "group", "response", "precision"}
+    assert f"WARM_UP = {scaled_trl.WARM_UP}\n" in source
+    assert json.loads(json.dumps(scaled_trl.SHAPE)).keys() >= {"prompts", "group", "response"}
+
+
+# ------------------------------------------------------------------------------------------- paper
+def test_on_paper_is_the_plan(capsys):
+    from scaled import plan
+
+    row, = on_paper.rows("Qwen3-30B-A3B", [16], "h200", {}, {})
+    assert plan.main(["--config", on_paper.RECIPE, "--gpus", "16", "--gpu", "h200", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    total = sum(out["seconds"].values())
+    assert row["seconds"] == pytest.approx(total) and row["fits"] == (not out["faults"])
+    assert row["hours"] == pytest.approx(out["run"]["gpu_hours"] / out["run"]["updates"])
+    assert row["shares"] == pytest.approx({name: x / total for name, x in out["seconds"].items()})
+    on_paper.main(["--gpus", "16"])
+    text = capsys.readouterr().out
+    assert re.search(r"^  16 +\d+ ", text, re.MULTILINE) and "The largest part on 16 GPUs is rollout" in text
