@@ -154,8 +154,11 @@ def dials(runs: Runs, folder: Path) -> str | None:
     drawn = {}
     for title, (methods, places) in panels.items():
         for method in methods:  # on-policy no gate closes
-            of = {x: runs.mean(key, end) for x, (regime, N) in places.items()
-                  if (key := Cell(regime, N, "none" if N == 1 and "clip" in method else method).key) in runs.cells}
+            keys = {x: Cell(regime, N, "none" if N == 1 and "clip" in method else method).key
+                    for x, (regime, N) in places.items()}
+            seeds = {x: len(runs.cells.get(key, ())) for x, key in keys.items()}
+            of = {x: runs.mean(keys[x], end) for x in keys  # a cell of few seeds waits for the others
+                  if seeds[x] and 2 * seeds[x] >= max(seeds.values())}
             if len(of) > 1:
                 drawn.setdefault(title, {})[method] = of
     if not drawn:
