@@ -550,7 +550,7 @@ def draw(rows: list[dict], path: Path):
         for name in names:
             points = [(row["update"], row[name]) for row in rows if name in row]
             axes.plot(*zip(*points), marker="." if "score" in name else "", label=name)
-        if name.endswith("kl"):
+        if name.endswith("kl") and any(y > 0 for _, y in points):
             axes.set_yscale("log", nonpositive="mask")  # the staleness of a first update is 0
         axes.set(title=title, xlabel="update")
         axes.grid(alpha=0.3)

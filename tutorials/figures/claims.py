@@ -118,7 +118,7 @@ class Claim:
 
 
 CLAIMS = [
-    Claim("On-policy MiniRL ends above itself without importance sampling, with length norm, and with R3",
+    Claim("On-policy, MiniRL ends above each of three variants: no importance sampling, length norm, R3",
           [ends(1, "none", method, above=0) for method in ("no IS", "length norm", "R3")], 1),
     Claim("On-policy, length norm lasts", [lasts(1, "length norm")]),
     Claim("On-policy, without importance sampling it fails, its entropy falling",
