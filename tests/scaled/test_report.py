@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nano_moe_rl as nano
+from figures.browser import PATH, Browser
 from scaled import report
 from scaled.charts import POINTS, thin
 from scaled.config import read_config
@@ -239,6 +240,23 @@ REFUSED = [
     ({}, ["run", "--out", "run"], "--out run: exists and is no report"),
     ({}, ["run"] * 9, "9 runs: give at most 8"), ({}, ["run", "--open"], "--open"), ({}, ["--json"], "RUN"),
 ]
+
+
+def test_the_page_in_a_browser(noisy, tmp_path, capsys):
+    """No script, no request, no error, and as wide as the screen; in Chromium, where there is one."""
+    write_run(tmp_path / "evil", ROWS, [dict(update=4, source="held out", prompt=text, response=text, reward=1.0)
+                                       for text in EVIL])
+    page = tmp_path / "page.html"
+    root, _ = made(tmp_path, capsys, noisy, tmp_path / "evil", "--out", page)
+    colours = set()
+    for width, dark in ((1400, False), (400, False), (400, True)) if PATH else ():
+        with Browser(page, width, dark=dark) as browser:
+            assert not browser.errors and browser.value("document.scripts.length + document.images.length") == 0
+            assert browser.value("performance.getEntriesByType('resource').length") == 0
+            assert browser.value("document.documentElement.scrollWidth") <= width
+            assert browser.value("document.querySelectorAll('svg').length") == len([*root.iter("svg")]) > 3
+            colours.add((dark, browser.value("getComputedStyle(document.body).backgroundColor")))
+    assert len(colours) == (2 if PATH else 0)
 
 
 @pytest.mark.parametrize("files, argv, line", REFUSED, ids=[row[2][:40] for row in REFUSED])
