@@ -119,12 +119,12 @@ def single(c: dict) -> dict:
 
     config = nano.Config(width=128, layers=4, heads=4, kv_heads=2, experts=c["experts"], top_k=2, expert_width=64,
                          max_response=c["length"], mini_batch=c["batch"], mini_batches=1, group_size=8)
-    model = nano.Model(config)
+    model = nano.Model(config, nano.replace(nano.RUNNING_SUM, eos=-1))  # every response has its full length
     optimizer, generator = nano.adamw(model, 1e-6), torch.Generator(nano.DEVICE).manual_seed(0)
 
     def step(groups=c["batch"] // 8):
         prompts = torch.randint(10, (groups, 9), generator=torch.Generator().manual_seed(0))
-        batch = nano.InferenceEngine(model, "fp32").generate(prompts, torch.full((groups,), 9), 8, generator, eos=-1)
+        batch = nano.InferenceEngine(model, "fp32").generate(prompts, torch.full((groups,), 9), 8, generator)
         batch.rewards = (batch.tokens[:, -1] < 5).float()
         batch.advantages = nano.group_advantages(batch.rewards, 8)
         nano.train_step(model, optimizer, nano.prepare_batch(model, batch))

@@ -9,6 +9,7 @@ Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is assert
 """
 import argparse, subprocess, venv  # noqa: E401
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -17,13 +18,14 @@ import torch
 from timing import ROOT, clock
 from tqdm import tqdm
 
-from nano_moe_rl import (DEVICE, VOCABULARY, Config, InferenceEngine, Model,
-                         adamw, group_advantages, make_prompts, prepare_batch, train_step)
+from nano_moe_rl import (DEVICE, RUNNING_SUM, VOCABULARY, Config, InferenceEngine, Model, adamw,
+                         group_advantages, make_prompts, prepare_batch, train_step)
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 PROMPTS, GROUP, DIGITS, RESPONSE = 16, 16, 8, 11  # trl_step.py has the same shape
 SEQUENCES, TOKENS = PROMPTS * GROUP, DIGITS + 1 + RESPONSE
 ROUNDS, UPDATES, WARM_UP = 5, 10, 2  # trl_step.py leaves out the same two updates
+ENDLESS = replace(RUNNING_SUM, eos=-1)  # which no token is: every response has its full length
 SETTINGS = {"fp32": ("fp32", "fp32"), "bf16": ("bf16", "bf16"), "fp8 rollouts": ("fp32", "fp8")}
 
 def benchmark_config(train: str = "fp32", rollout: str = "fp32") -> Config:
@@ -54,13 +56,12 @@ def matrix_rate() -> float:
 def our_updates(train: str, rollout: str) -> list[list[float]]:
     """Seconds of rollout, training and synchronisation, for each update after the warm-up."""
     c, times = benchmark_config(train, rollout), []
-    model = Model(c)
+    model = Model(c, ENDLESS)
     engine, optimizer = InferenceEngine(model, rollout), adamw(model, 1e-3)
     prompts, samples = torch.Generator().manual_seed(1), torch.Generator(DEVICE).manual_seed(2)
     for _ in range(WARM_UP + UPDATES):
         marks = [clock()]
-        batch = engine.generate(*make_prompts(PROMPTS, c, prompts), GROUP, samples,
-                                eos=-1)  # which no token is: every response has its full length
+        batch = engine.generate(*make_prompts(PROMPTS, c, prompts), GROUP, samples)
         marks.append(clock())
         batch.rewards = (batch.tokens[:, -1] < 5).float()
         batch.advantages = group_advantages(batch.rewards, GROUP)
@@ -75,9 +76,9 @@ def our_updates(train: str, rollout: str) -> list[list[float]]:
 def shared_positions(c: Config) -> str:
     """What a train step that computed equal pasts once would save, on a first batch: tokens of a
     group that have begun alike have the same keys and values up to there."""
-    batch = InferenceEngine(Model(c), c.rollout_precision).generate(
+    batch = InferenceEngine(Model(c, ENDLESS), c.rollout_precision).generate(
         *make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
-        torch.Generator(DEVICE).manual_seed(2), eos=-1)
+        torch.Generator(DEVICE).manual_seed(2))
     pasts = {tuple(row[:t + 1]) for row in batch.tokens[:, :-1].tolist() for t in range(len(row))}
     return f"{len(pasts)} of {batch.fed.sum()} fed positions have a past of their own"
 

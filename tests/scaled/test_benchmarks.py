@@ -16,6 +16,7 @@ import on_paper  # noqa: E402
 import routing  # noqa: E402
 import scaled_trl  # noqa: E402
 import soak  # noqa: E402
+import speed  # noqa: E402
 import step  # noqa: E402
 import timing  # noqa: E402
 from scaled import batches  # noqa: E402
@@ -63,6 +64,16 @@ def test_random_rollouts_can_be_replayed():
     check_routes(rollout.routing, rollout.fed, (8, 7, TINY["layers"], TINY["top_k"]), TINY["experts"])
     assert rollout.mask.sum() == 8 * 5 and rollout.tokens.max() < TINY["vocabulary"]
     assert rollout.advantages.view(2, 4).sum(1).abs().max() < 1e-6
+
+
+def test_the_single_file_makes_updates_of_the_shape_that_is_measured(monkeypatch):
+    monkeypatch.setattr(speed, "UPDATES", 1)
+    monkeypatch.setattr(speed, "WARM_UP", 0)
+    (seconds,) = speed.our_updates("fp32", "fp8")  # which looks at the lengths itself
+    assert len(seconds) == 3 and min(seconds) > 0
+    found = re.fullmatch(r"(\d+) of (\d+) fed positions have a past of their own",
+                         speed.shared_positions(speed.benchmark_config()))
+    assert int(found[1]) < int(found[2]) == speed.SEQUENCES * (speed.TOKENS - 1)
 
 
 # ----------------------------------------------------------------------------------------- routing
