@@ -82,3 +82,11 @@ def finish(process, seconds=300):
         time.sleep(0.1)
     os.killpg(process.pid, 9)
     raise AssertionError("a process is left behind")
+
+
+def running(pid):
+    """Whether it is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
