@@ -5,7 +5,6 @@ updates a rollout batch (N). A method differs from "none" in what its name says.
 start and one order of prompts, shared by all cells.
 """
 from dataclasses import dataclass
-from functools import partial
 
 import nano_moe_rl as nano
 from scaled import objectives

@@ -28,9 +28,8 @@ def flags(options: dict) -> str:
 
 def commands(page: str) -> list[str]:
     """What both share, in variables of the shell, and the two commands. The grid's runs have a thread each; with more
-    threads sums have another order, and a run takes another course. A score in between changes no number of a
-    run, so
-    eval_every is left out."""
+    threads sums have another order, and a run takes another course. eval_every is left out: a score in between
+    changes no number of a run."""
     one, other = (asdict(cell.config(SEED)) for cell in PAIRS[page])
     default, differ = asdict(nano.Config()), [name for name in one if one[name] != other[name]]
     changed = [name for name in one if one[name] != default[name] and name not in (*differ, "eval_every", "name")]
