@@ -47,6 +47,7 @@ class Config:
     top_k: int = option(2, "A, experts of a token; with one the router has no gradient", high=512)
     expert_width: int = option(64, "hidden width of an expert, a multiple of 8", high=4096)
     teacher: str = option("brief", "of the cold start", "brief", "equation", "restating")
+    slip_rate: float = option(0.22, "share of the teacher's sums that are wrong", low=0, high=1)
     min_digits: int = option(3, "in the shortest prompt", high=8)
     max_digits: int = option(5, "in the longest; they differ, and all ten sum to 45", high=8)
     max_response: int = option(22, "tokens, after which a response is cut off", high=1000)
@@ -81,7 +82,6 @@ class Config:
 # The digits of a prompt differ: a small model finds its place by looking up the one it named last.
 VOCABULARY = "0123456789=:$"
 ASK, ANSWER, EOS = (VOCABULARY.index(symbol) for symbol in "=:$")
-SLIP_RATES = {"brief": 0.22, "equation": 0.25, "restating": 0.28}  # of the teachers
 
 def make_prompts(n: int, c: Config, generator: Generator) -> tuple[Tensor, Tensor]:
     """n prompts on the CPU, right padded with "=": tokens (n, max_digits + 1), lengths (n,)."""
@@ -95,7 +95,7 @@ def demonstrations(n: int, c: Config, generator: Generator) -> tuple[Tensor, Ten
     (n, T + 1), prompt_lengths (n,), lengths (n,)."""
     prompts, prompt_lengths = make_prompts(n, c, generator)
     slips = torch.randint(1, 10, prompts.shape, generator=generator)
-    slips *= torch.rand(prompts.shape, generator=generator) < SLIP_RATES[c.teacher]
+    slips *= torch.rand(prompts.shape, generator=generator) < c.slip_rate
     rows = []
     for prompt, slip, length in zip(prompts.tolist(), slips.tolist(), prompt_lengths.tolist()):
         row, total = prompt[:length], 0

@@ -191,10 +191,10 @@ def test_grading(text, reward):
     assert nano.grade(tokens, *lengths).tolist() == [reward] == [grade_slowly(text)]
 
 
-@pytest.mark.parametrize("teacher", nano.SLIP_RATES)
-def test_demonstrations_follow_their_teacher(config, teacher):
-    slip_rate, step = nano.SLIP_RATES[teacher], {"brief": "ds", "equation": "d=s", "restating": "pds"}[teacher]
-    c = nano.replace(config, teacher=teacher)
+@pytest.mark.parametrize("teacher, step", [("brief", "ds"), ("equation", "d=s"), ("restating", "pds")])
+@pytest.mark.parametrize("slip_rate", [0.0, 0.15, 0.28, 1.0])
+def test_demonstrations_follow_their_teacher(config, teacher, step, slip_rate):
+    c = nano.replace(config, teacher=teacher, slip_rate=slip_rate)
     tokens, prompt_lengths, lengths = nano.demonstrations(2000, c, torch.Generator().manual_seed(0))
     slips = steps = 0
     for row, start, end in zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()):
@@ -209,7 +209,7 @@ def test_demonstrations_follow_their_teacher(config, teacher):
             steps += 1
             total = part["s"]
         assert response[-3:] == [nano.ANSWER, total, nano.EOS]
-    assert abs(slips / steps - slip_rate) < 4 * (slip_rate / steps) ** 0.5
+    assert abs(slips / steps - slip_rate) <= 4 * (slip_rate * (1 - slip_rate) / steps) ** 0.5
     assert {c.min_digits + 1, c.max_digits + 1} <= set(prompt_lengths.tolist())
 
 

@@ -30,8 +30,8 @@ REVISION = git_blob(Path(nano.__file__).read_bytes())
 
 def start_config(c: nano.Config) -> nano.Config:
     """What decides a cold start, and all else at its default: equal for cells that share one."""
-    names = ("seed", "teacher", "width", "heads", "layers", "experts", "top_k", "expert_width", "min_digits",
-             "max_digits", "max_response", "cold_start_steps")
+    names = ("seed", "teacher", "slip_rate", "width", "heads", "layers", "experts", "top_k", "expert_width",
+             "min_digits", "max_digits", "max_response", "cold_start_steps")
     return nano.Config(name="start", **{name: getattr(c, name) for name in names})
 
 
