@@ -18,6 +18,7 @@ from scaled.terminal import err
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TIMEOUT = timedelta(hours=1)  # of a collective; others may be grading long responses
+MEETING = timedelta(seconds=30)  # for a rank to reach the store that torchrun keeps
 POLL = 0.5  # seconds between two looks at whether another rank has failed, and two signs of life
 # Seconds without a sign of life, after which a rank is taken to have ended: when there is reason to
 # think so, and when there is none but that NCCL, unlike gloo, would never tell.
@@ -56,12 +57,18 @@ class Ranks:
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if "RANK" in os.environ:
+            # torchrun had its store before it started a rank: one that cannot reach it is left behind
+            # by a torchrun that was killed meanwhile, and would wait for half an hour.
+            kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            limit = {"timeout": MEETING} if kept else {}
             try:
-                store = next(iter(dist.rendezvous("env://")))[0]
+                store = next(iter(dist.rendezvous("env://", **limit)))[0]
             except dist.DistError as error:  # torchrun meets a port in use itself, before any rank
                 address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                refuse(f"no meeting of ranks at {address}: {str(error).splitlines()[0]}; give "
-                       "another MASTER_PORT, or let torchrun --standalone choose one")
+                refuse(f"no meeting of ranks at {address}: {str(error).splitlines()[0]}; " + (
+                    "torchrun has ended: start it again" if kept else
+                    "give another MASTER_PORT, or let torchrun --standalone choose one"))
+            store.set_timeout(TIMEOUT)
         else:  # started without torchrun: one process, and vLLM asks for these too
             store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
             os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",

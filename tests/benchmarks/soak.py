@@ -10,10 +10,8 @@ every update have to be equal, to the last bit, and so have the files of weights
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/scaled")]
 
-from processes import finish, prepare, start  # noqa: E402
+from processes import finish, kill, prepare, start  # noqa: E402
 from scaled import checkpoint  # noqa: E402
 
 TIMED = ("seconds", "gib", "device")
@@ -55,7 +53,7 @@ def kill_once(folder: Path, name: str, seconds: float, from_start: bool) -> dict
         time.sleep(0.01)
     time.sleep(seconds)
     assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGKILL)
+    kill(process)
     _, _, err = finish(process, 30)
     assert "is damaged" not in err, err  # the checkpoint that this start went on from
     saved = checkpoint.checkpoints(rows.parent)
@@ -81,10 +79,10 @@ def soak(folder: Path, kills: int, seed: int, say=print) -> list[dict]:
     prepare(folder, updates=100_000, checkpoint_every=2, save_in_background=True)
     drawn, found = random.Random(seed), []
     say(TITLE)
-    for kill in range(1, kills + 1):
+    for number in range(1, kills + 1):
         early = drawn.random() < 0.2
         moment = drawn.uniform(0, 8 if early else 3)
-        found.append({"kill": kill} | kill_once(folder, "killed", moment, early))
+        found.append({"kill": number} | kill_once(folder, "killed", moment, early))
         say(ROW.format(**found[-1]))
     updates = found[-1]["version"] + 4
     killed, whole = (complete(folder, name, updates) for name in ("killed", "whole"))

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import nano_moe_rl as nano
 from scaled.export import export_nano
 
 ROOT = Path(__file__).parents[2]
-groups = itertools.count()
+groups, starts = itertools.count(), itertools.count()
+MARK = "STARTED_BY_A_TEST"  # in the environment of a start, and of all that comes of it
 
 
 def run_ranks(function, world, *args, seconds=240):
@@ -60,27 +62,50 @@ def prepare(folder, **options):
 def start(folder, module, *argv, ranks=2, **environment):
     """A module under torchrun, or with ranks=0 without it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    # a session of its own: whatever it leaves behind can be found by its group
-    return subprocess.Popen(
+    mark = f"{os.getpid()}-{next(starts)}"
+    process = subprocess.Popen(
         [sys.executable, *torchrun, "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | dict(PYTHONPATH=f"{ROOT}:{folder}", OMP_NUM_THREADS="1") | environment)
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1", MARK: mark} | environment)
+    process.mark = mark
+    return process
+
+
+def family(process):
+    """Pids of what has come of a start and is not ended. By their environment: torchrun gives each rank a session of
+    its own, and the ranks of one that was killed have another parent."""
+    mark, found = f"{MARK}={process.mark}".encode(), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+        except OSError:  # it has ended meanwhile, or is somebody else's
+            continue
+    return found
+
+
+def kill(process):
+    """SIGKILL for the whole family."""
+    while pids := family(process):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
 
 
 def finish(process, seconds=300):
-    """Exit code, stdout, stderr; nothing of the process group may be alive afterwards."""
+    """Exit code, stdout, stderr; nothing of the family may be alive afterwards."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        kill(process)
         raise AssertionError(process.communicate())
-    for _ in range(50):
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
+    for _ in range(100):
+        if not family(process):
             return process.returncode, out, err
         time.sleep(0.1)
-    os.killpg(process.pid, 9)
+    kill(process)
     raise AssertionError("a process is left behind")
 
 

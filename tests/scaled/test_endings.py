@@ -115,7 +115,7 @@ def test_sigterm_before_there_is_anything_to_save_leaves_nothing(folder):
 
 @pytest.mark.parametrize("again", [0, 20])
 def test_ctrl_c_ends_all_ranks_at_once_with_one_line(folder, again):
-    """As a terminal does it: to torchrun and all ranks, and by somebody who has no patience."""
+    """As a terminal does it: to torchrun's group, which tells its ranks, and by somebody who has no patience."""
     process, _ = begin(folder, f"interrupt-{again}", "--checkpoint-every", 2)
     os.killpg(process.pid, signal.SIGINT)
     for _ in range(again):
@@ -204,6 +204,18 @@ def test_ranks_do_not_outlive_torchrun(folder):
     code, out, err = finish(process, 30)  # which fails if a rank is left
     assert said(err) == ["scaled: torchrun has ended, and all ranks with it; --resume launcher goes on from its "
                          "newest checkpoint, if it has one"], err
+
+
+def test_ranks_that_have_not_met_do_not_outlive_torchrun(folder):
+    """SIGKILL before they have as much as imported torch: the store that they are to meet at is gone."""
+    process, until = start(folder, "scaled.train", "--config", "options.toml", "--name", "orphans"), time.monotonic() + 60
+    while len(children(process.pid)) < 2:
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    code, out, err = finish(process, 120)
+    assert len(said(err)) == 1 and "no meeting of ranks at " in said(err)[0], err
+    assert said(err)[0].endswith("; torchrun has ended: start it again") and not (folder / "runs/orphans").exists()
 
 
 def test_a_rank_that_fails_ends_all_with_its_line(folder):
