@@ -51,8 +51,8 @@ def synthetic(end=0.7, reward=(0.3, 0.5, 0.6, 0.65, 0.7) * 4, **changes):
     """A run of 160 updates whose curves have a value every 8."""
     return dict(start=0.3, stopped=None, score=[[80, 0.8], [160, 0.9]], engine_score=[[80, 0.4], [160, end]],
                 routing_share=[[80, 0.98], [160, 0.97]], reward=list(reward), entropy=[0.3] * 20,
-                mismatch_kl=[1e-3] * 20, staleness_kl=[1e-3] * 20, extreme_token_fraction=[0.05] * 20, clip_fraction=[0.01] * 20,
-                flips_first=[0.1, 0.2, 0.3], flips_last=[0.1, 0.2, 0.3]) | changes
+                mismatch_kl=[1e-3] * 20, staleness_kl=[1e-3] * 20, extreme_token_fraction=[0.05] * 20,
+                clip_fraction=[0.01] * 20, flips_first=[0.1, 0.2, 0.3], flips_last=[0.1, 0.2, 0.3]) | changes
 
 
 def test_outcomes_of_a_run_by_hand():

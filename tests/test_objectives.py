@@ -91,7 +91,8 @@ def test_padding_has_no_influence_on_objectives(case, name):
 def test_standardised_advantages():
     rewards = torch.tensor([1.0, 0, 0, 1, 1, 1])
     expected = [(1 - 1 / 3) / math.sqrt(2 / 9), *[-(1 / 3) / math.sqrt(2 / 9)] * 2, 0, 0, 0]
-    torch.testing.assert_close(objectives.standardised_advantages(rewards, G), torch.tensor(expected), rtol=1e-4, atol=0)
+    advantages = objectives.standardised_advantages(rewards, G)
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------ masks: at, below and above each threshold
@@ -154,8 +155,8 @@ def test_an_objective_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     own = objectives.load_objective("mine:loss")
     assert own.loss.__name__ == "loss" and own.advantages is nano.group_advantages
-    for name, line in (("PPO", "give MiniRL or GRPO"), ("mine:nothing", "AttributeError"), ("nowhere:loss", "No module"),
-                       ("mine:short", "takes no n_sequences and no n_tokens")):
+    for name, line in (("PPO", "give MiniRL or GRPO"), ("mine:nothing", "AttributeError"),
+                       ("nowhere:loss", "No module"), ("mine:short", "takes no n_sequences and no n_tokens")):
         with pytest.raises(ValueError, match=f"--objective {name}.*{line}"):
             objectives.load_objective(name)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import (METRICS, RUN_FILES, SCORES, SCRIPT, TINY, arguments, assert_identical, checkpoint, leaves, metrics,
-                      untimed)
+from tiny_run import (METRICS, RUN_FILES, SCORES, SCRIPT, TINY, arguments, assert_identical, checkpoint, leaves,
+                      metrics, untimed)
 
 import nano_moe_rl as nano
 

@@ -218,7 +218,8 @@ def test_the_scores_of_both_engines(config, model):
     clean = nano.sample(nano.InferenceEngine(noisy, "fp32"), 200, 1, 2**61)
     assert scores["score"] == clean.rewards.mean() and scores["engine_score"] == rollout.rewards.mean()
     with torch.no_grad():
-        own, replayed = (nano.policy(noisy, nano.replace(rollout, replay=replay))[0] for replay in (None, rollout.routing))
+        own, replayed = (nano.policy(noisy, nano.replace(rollout, replay=replay))[0]
+                         for replay in (None, rollout.routing))
     x, y = ((logprobs - rollout.rollout_logprobs)[rollout.mask].double() for logprobs in (own, replayed))
     share = 1 - (y.exp() - 1 - y).mean() / (x.exp() - 1 - x).mean()
     assert scores["routing_share"] == pytest.approx(share.item(), abs=1e-4) and share > 0.8

@@ -208,7 +208,8 @@ def test_ranks_do_not_outlive_torchrun(folder):
 
 def test_ranks_that_have_not_met_do_not_outlive_torchrun(folder):
     """SIGKILL before they have as much as imported torch: the store that they are to meet at is gone."""
-    process, until = start(folder, "scaled.train", "--config", "options.toml", "--name", "orphans"), time.monotonic() + 60
+    process = start(folder, "scaled.train", "--config", "options.toml", "--name", "orphans")
+    until = time.monotonic() + 60
     while len(children(process.pid)) < 2:
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.01)

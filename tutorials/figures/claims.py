@@ -210,4 +210,5 @@ def table(runs: Runs) -> str:
 def short_table(runs: Runs) -> str:
     """Claim and verdict alone, as the tutorials' first page has it."""
     lines = ["| | claim, in the paper's order | here |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {i} | {v.statement} | {v.decision} |" for i, v in enumerate(verdicts(runs), 1)]) + "\n"
+    lines += [f"| {i} | {v.statement} | {v.decision} |" for i, v in enumerate(verdicts(runs), 1)]
+    return "\n".join(lines) + "\n"

@@ -209,8 +209,8 @@ def mechanism(rows: dict, folder: Path) -> str | None:
                 continue
             (x, *x_ends), (y, *y_ends) = row["snr"], row["cosine"]
             looks = style(MECHANISM.get(name, name))
-            named[name] = axes.errorbar(x, y, [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]], linestyle="",
-                                        elinewidth=0.7, **looks)
+            errors = [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]]
+            named[name] = axes.errorbar(x, y, *errors, linestyle="", elinewidth=0.7, **looks)
         axes.axhline(1, color="#777777", linewidth=0.8, linestyle="--")
         axes.set(title=dial, xlabel="signal to noise of 1,024 responses")
         axes.grid(alpha=0.25)

@@ -1,7 +1,7 @@
 """Commands of the single file, and what the runs of the grid say of them: pairs that differ in one flag, and a table.
 
-Pages quote `text`, the README `table`; tests compare. The seed is the first whose cold start takes the default number of
-updates, so that its command needs no more flags: it was not chosen by how it ends.
+Pages quote `text`, the README `table`; tests compare. The seed is the first whose cold start takes the default number
+of updates, so that its command needs no more flags: it was not chosen by how it ends.
 """
 from dataclasses import asdict
 
