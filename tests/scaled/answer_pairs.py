@@ -246,4 +246,5 @@ PAIRS["letters whose order may mean something"] = [
     ("H_2O", "\\boxed{H_{2}O}", 1), ("H_2O", "\\boxed{\\text{H}_2\\text{O}}", 1), ("CO_2", "\\boxed{CO₂}", 1),
     ("C_6H_{12}O_6", "\\boxed{C_{6}H_{12}O_{6}}", 1), ("AB", "\\boxed{A B}", 1), ("V=IR", "\\boxed{IR}", 1),
     ("H_2O", "\\boxed{OH_2}", 0), ("NaCl", "\\boxed{ClNa}", 0), ("AB", "\\boxed{BA}", 0),
-    ("C_{10}", "\\boxed{C_10}", 0), ("C_{10}", "\\boxed{C_{1}0}", 0), ("AaBb", "\\boxed{BaAb}", 0), ("MISSISSIPPI", "\\boxed{IIIIMPPSSSS}", 0)]
+    ("C_{10}", "\\boxed{C_10}", 0), ("C_{10}", "\\boxed{C_{1}0}", 0), ("AaBb", "\\boxed{BaAb}", 0),
+    ("MISSISSIPPI", "\\boxed{IIIIMPPSSSS}", 0)]
