@@ -25,9 +25,8 @@ REGIMES = {  # the options that the name stands for
     "noise 1": dict(rollout_precision="fp8", router_noise=1.0),
     "dense": dict(rollout_precision="fp8", router_noise=0.8, experts=2, top_k=2),  # nothing to choose
 }
-# Longer prompts and smaller batches: here numerics alone can be a cliff, and nothing saturates. So many steps
-# compound the teacher's slips: with .22 of them no cold start passes .2, however long (pilot: .197 after 2,000 updates,
-# .193 after 3,000), with .15 they end at .31.
+# Longer prompts and smaller batches: here numerics alone can be a cliff. So many steps compound the teacher's slips:
+# with .22 of them no cold start passes .2, however long (pilot: .197 after 2,000 updates, .193 after 3,000).
 LONG = dict(min_digits=7, max_digits=8, max_response=20, mini_batch=64, slip_rate=0.15, cold_start_steps=900)
 REGIMES |= {f"long {name}": dict(rollout_precision=name) | LONG | dict(updates=320)
             for name in ("fp32", "fp8", "int6", "int5", "int4")}
