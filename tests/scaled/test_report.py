@@ -218,7 +218,8 @@ def test_the_picture_has_a_mark_for_each_difference(noisy, tmp_path, capsys):
 def test_a_recorded_response_has_a_map_for_each_mode(tmp_path, capsys):
     """Ten tokens of one layer, whose experts are written down; of the four samples the first and the last."""
     engine, old = [[[0, 1]]] * 10, [[[0, 1]]] * 8 + [[[1, 2]]] * 2
-    live = {"none": [[[1, 0]]] * 5 + [[[2, 3]]] * 5, "R2": [[[0, 1]]] * 7 + [[[1, 2]]] * 3, "R3": [[[0, 2]]] + engine[1:]}
+    live = {"none": [[[1, 0]]] * 5 + [[[2, 3]]] * 5, "R2": [[[0, 1]]] * 7 + [[[1, 2]]] * 3,
+            "R3": [[[0, 2]]] + engine[1:]}
     sample = {"source": "training", "tokens": [*"abcdefghij"], "response_from": 4, "engine_experts": engine,
               "old_experts": old, "live_experts": live}
     rows = [sample | {"update": update} for update in (4, 8, 12)]
