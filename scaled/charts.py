@@ -93,7 +93,7 @@ def grid(maps: list[RouteMap]) -> str:
     number of experts that training used and the engine did not; a ring: replay overruled the
     router."""
     first, layers = maps[0], len(maps[0].used[0])
-    wide = 18 if layers <= 12 else 9  # of a column
+    wide = 18 if layers <= 12 else 8  # of a column: 48 layers in three modes fit a screen
     step, apart = (1 if layers <= 12 else 4), max(layers * wide, 60) + GAP
     words = [token.strip() or "␣" for token in first.tokens]
     words = [word if len(word) <= WORD else f"{word[:WORD - 1]}…" for word in words]

@@ -15,7 +15,7 @@ from scaled.folder import write_aside
 from scaled.page import DASHES, MARK, page, table, visible
 from scaled.ranks import refuse
 from scaled.readback import NANO_CHECKPOINT, Recorded, number, read_run
-from scaled.routemap import TITLES, RouteMap, map_of_sample, maps_of_single
+from scaled.routemap import TITLES, RouteMap, maps_of_sample, maps_of_single
 from scaled.terminal import width
 
 
@@ -96,23 +96,31 @@ the number of experts that training used and the engine had not; a ring stands w
 chose others than replay gave it. Point at a cell to see the experts.</p>\n"""
 FROM_CHECKPOINT = """<p>Sampled from checkpoint.pt for this page, on new prompts. The map of experts
 below is of the last update that this rollout batch would make.</p>\n"""
+RECORDED = """Recorded in training: a response of a rollout batch's last mini-batch, which before
+that update went through π_θ alone, once under each mode."""
 
 
-def shares(maps: list[RouteMap]) -> list[dict]:
+def shares(groups: list[list[RouteMap]]) -> list[dict]:
     return [{"mode": one.mode, "update": one.update, "pairs": len(one.pairs),
              "other_experts": sum(one.others(*pair) > 0 for pair in one.pairs),
-             "router_overruled": sum(one.overruled(*pair) for pair in one.pairs)} for one in maps]
+             "router_overruled": sum(one.overruled(*pair) for pair in one.pairs)}
+            for maps in groups for one in maps]
 
 
-def routes(run: Recorded, maps: list[RouteMap]) -> str:
-    """Those of the single file have one sequence in common, those of scaled a sequence each."""
+def routes(run: Recorded, groups: list[list[RouteMap]]) -> str:
+    """The maps of a group are of one sequence."""
+    told = [] if run.single or len(groups[-1]) == 1 else [RECORDED]
+    told += [f"The run itself trains under {mode}." for mode in TITLES
+             if mode == run.options.get("replay")]
+    if run.options.get("mini_batches") == 1:
+        told.append("With N = 1 π_old is π_θ, and R2 the same as none.")
     rows = [[str(x["update"]), TITLES[x["mode"]], f"{x['other_experts']} of {x['pairs']}",
-             f"{x['router_overruled']} of {x['pairs']}"] for x in shares(maps)]
-    groups = [maps] if run.single else [[one] for one in maps]
+             f"{x['router_overruled']} of {x['pairs']}"] for x in shares(groups)]
     pictures = "".join(f'<div class="scroll"><h3>update {group[0].update}</h3>{grid(group)}</div>\n'
                        for group in groups)
-    return table(["update", "experts of π_θ", "other than the engine's", "router overruled"],
-                 rows) + f'<div class="maps">{pictures}</div>'
+    heads = ["update", "experts of π_θ", "other than the engine's", "router overruled"]
+    return (f"{KEY}<p>{' '.join(told)}</p>\n{table(heads, rows)}"
+            f'<div class="maps">{pictures}</div>')
 
 
 def legend(place: int) -> str:
@@ -132,20 +140,21 @@ def build(runs: list[Recorded]) -> tuple[str, dict]:
                 ("Curves", f'<div class="panels">{panels}</div>'),
                 ("Configuration", configuration(runs))]
     for run, row in zip(runs, numbers):
-        of, maps, samples = (f" of {run.name}" if len(runs) > 1 else ""), [], run.samples
+        of, groups, samples = (f" of {run.name}" if len(runs) > 1 else ""), [], run.samples
         if run.events:
             sections.append((f"Events{of}", events(run)))
         if run.single and (run.folder / NANO_CHECKPOINT).exists():
             maps, samples = maps_of_single(run)
+            groups = [maps]
         elif not run.single:
-            maps = [one for sample in samples if (one := map_of_sample(run, sample))]
-            maps = maps[:1] + maps[1:][-1:]  # the first and the last
+            groups = [maps for sample in samples if (maps := maps_of_sample(run, sample))]
+            groups = groups[:1] + groups[1:][-1:]  # the first and the last
         if samples:
             made = FROM_CHECKPOINT if run.single else ""
             sections.append((f"Responses{of}", made + responses(samples)))
-        if maps:
-            sections.append((f"Experts of both engines{of}", KEY + routes(run, maps)))
-        row["routes"] = shares(maps)
+        if groups:
+            sections.append((f"Experts of both engines{of}", routes(run, groups)))
+        row["routes"] = shares(groups)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return page(title, sections), numbers
 

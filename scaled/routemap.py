@@ -8,6 +8,7 @@ import torch
 
 import nano_moe_rl as nano
 from scaled.readback import NANO_CHECKPOINT, Recorded
+from scaled.samples import replays
 
 TITLES = {"none": "none: its own", "R2": "R2: those of π_old", "R3": "R3: those of μ_old"}
 PROMPTS = 4  # whose first response a report shows
@@ -82,8 +83,8 @@ def to_last_update(model, optimizer, rollout: nano.Rollout) -> tuple[nano.Model,
 def maps_of_row(old, model, row: nano.Rollout, update: int) -> list[RouteMap]:
     """A rollout of one response through π_θ, the model, under each mode; old is π_old's model."""
     maps = []
-    for mode, replay in (("none", None), ("R2", nano.policy(old, replace(row, replay=None))[2]),
-                         ("R3", row.routing)):
+    own = nano.policy(old, replace(row, replay=None))[2]
+    for mode, replay in replays(own, row.routing).items():
         live = nano.policy(model, replace(row, replay=replay))[2]
         maps.append(map_of_row(mode, update, row, live if replay is None else replay, live))
     return maps
@@ -107,23 +108,29 @@ def sample_of(rollout: nano.Rollout, i: int) -> dict:
             "reward": rollout.rewards[i].item()}
 
 
-def map_of_sample(run: Recorded, sample: dict) -> RouteMap | None:
-    """From a response of samples.jsonl, if it has routes. In R3 those of the engine were used; in
-    R2 those of π_old, which were the trainer's own: it is the first update of its rollout batch.
-    ValueError if they are not of one shape."""
-    engine, trainer = sample.get("engine_experts"), sample.get("trainer_experts")
+def maps_of_sample(run: Recorded, sample: dict) -> list[RouteMap]:
+    """From a response of samples.jsonl: a map for each mode, none if it has no routes. ValueError if
+    they are not of one shape."""
+    engine, old, live = (sample.get(f"{name}_experts") for name in ("engine", "old", "live"))
     if engine is None:
-        return None
-    shape, tokens = shape_of(engine), sample.get("tokens")
-    if shape is None or shape != shape_of(trainer) or not (
-            isinstance(tokens, list) and len(tokens) == shape[0]
-            and type(start := sample.get("response_from")) is int and 0 <= start <= shape[0]):
+        return []
+    modes = [*TITLES]
+    if live is None:  # of an earlier version: the run's own mode alone, at the first update of a
+        # rollout batch, where π_θ is π_old
+        modes = [mode for mode in modes if mode == run.options.get("replay")] or modes[:1]
+        old = sample.get("trainer_experts")
+        live = {modes[0]: old}
+    shape, tokens, start = shape_of(engine), sample.get("tokens"), sample.get("response_from")
+    fine = shape is not None and isinstance(live, dict) and {*live} == {*modes} and all(
+        shape_of(experts) == shape for experts in (old, *live.values()))
+    if not (fine and isinstance(tokens, list) and len(tokens) == shape[0]
+            and type(start) is int and 0 <= start <= shape[0]):
         raise ValueError(f"{run.folder}: a sample of update {sample['update']} has no experts for "
                          "each of its tokens and layers; remove that line of samples.jsonl")
-    mode = run.options.get("replay")
-    return RouteMap(mode if mode in ("none", "R2", "R3") else "none", sample["update"],
-                    [*map(str, tokens)], start, engine, engine if mode == "R3" else trainer,
-                    trainer)
+    given = replays(old, engine)
+    return [RouteMap(mode, sample["update"], [*map(str, tokens)], start, engine,
+                     live[mode] if given[mode] is None else given[mode], live[mode])
+            for mode in modes]
 
 
 def shape_of(experts) -> tuple[int, int, int] | None:

@@ -145,9 +145,15 @@ class Run:
             batch = self.generate(asked, c.group_size, self.version)
             self.engine.sleep()
             self.move_trainer(DEVICE)
-        if not self.version or c.scored(self.version + c.mini_batches):
-            self.sample(batch, asked, "training", 1 if self.held_out else COUNT)
+        if self.samples_due():
+            last = batch.split(len(batch.tokens) // c.mini_batches)[-1]
+            self.sample(last, asked[-(len(asked) // c.mini_batches):], "training",
+                        1 if self.held_out else COUNT)
         return batch
+
+    def samples_due(self) -> bool:
+        """Whether samples are written of the rollout batch that comes next, or is being trained."""
+        return not self.version or self.c.scored(self.version + self.c.mini_batches)
 
     def sample(self, rollout: Rollout, asked: list, source: str, count: int):
         if RANK == 0:

@@ -33,15 +33,21 @@ def samples(rollout: Rollout, asked: list[Prompt], tokenizer, source: str, count
     return rows
 
 
-def routes_of(rollout: Rollout, engine: Tensor, trainer: Tensor, tokenizer) -> dict:
-    """For a map of routes, of row 0: the last tokens of its prompt and the first of its response,
-    and for each the experts by layer to which the engine sent it, and which the trainer's routers
-    chose. engine and trainer (T, L, A)."""
-    start = max(0, int(rollout.prompt_lengths[0]) - BEFORE)
-    part = slice(start, min(start + TOKENS, int(rollout.lengths[0]) - 1))  # the last is never fed
-    return {"tokens": [tokenizer.decode([token]) for token in rollout.tokens[0, part].tolist()],
-            "response_from": int(rollout.prompt_lengths[0]) - start,
-            "engine_experts": engine[part].tolist(), "trainer_experts": trainer[part].tolist()}
+def replays(old: Tensor, engine: Tensor) -> dict[str, Tensor | None]:
+    """The experts that each mode gives to π_θ, of those of π_old and μ_old; None: its own."""
+    return {"none": None, "R2": old, "R3": engine}
+
+
+def routes_of(row: Rollout, old: Tensor, live: dict[str, Tensor], tokenizer) -> dict:
+    """For a map of routes: the last tokens of the prompt and the first of the response, and for each
+    the experts by layer to which μ_old and π_old sent it, and which the routers of π_θ choose under
+    each mode. row: a rollout of one response; old and live (1, T, L, A)."""
+    start = max(0, int(row.prompt_lengths[0]) - BEFORE)
+    part = slice(start, min(start + TOKENS, int(row.lengths[0]) - 1))  # the last is never fed
+    return {"tokens": [tokenizer.decode([token]) for token in row.tokens[0, part].tolist()],
+            "response_from": int(row.prompt_lengths[0]) - start,
+            "engine_experts": row.routing[0, part].tolist(), "old_experts": old[0, part].tolist(),
+            "live_experts": {mode: chosen[0, part].tolist() for mode, chosen in live.items()}}
 
 
 def shorten(text: str) -> str:

@@ -25,11 +25,11 @@ from scaled.log import Log
 from scaled.metrics import batch_metrics, equal_groups, peak_memory
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 from scaled.rewards import take_counts
-from scaled.samples import routes_of
+from scaled.samples import replays, routes_of
 from scaled.saver import Saver
 from scaled.staleness import staleness, staleness_metrics, without_stale
 from scaled.terminal import give_away, say
-from scaled.trainer import prepare_batch, train_step
+from scaled.trainer import prepare_batch, score, train_step
 
 if TYPE_CHECKING:
     from scaled.run import Run
@@ -48,26 +48,36 @@ def train_batch(run: "Run") -> list[dict]:
         batch, c.max_response, run.engine.eos, take_counts(run.reward), equal)
     with run.phases("old"):
         batch = prepare_batch(run.policy, batch, c)
-    experts = [] if run.samples else None  # of row 0, the first of the samples
-    rows = [update(run, part, experts) | shared
-            for part in batch.split(len(batch.tokens) // c.mini_batches)]
-    for row, share in zip(rows, shared["equal_groups"], strict=True):
-        row["equal_groups"] = share
-    if experts:
-        run.samples[0] |= routes_of(batch, *experts, run.tokenizer)
-    return rows
+    return [row | shared | {"equal_groups": share}
+            for row, share in zip(updates(run, batch), shared["equal_groups"], strict=True)]
 
 
-def update(run: "Run", part: Rollout, experts: list | None) -> dict:
+def updates(run: "Run", batch: Rollout) -> list[dict]:
+    """N updates from a rollout batch. Where samples are due, the first one gets its routes: π_old's
+    before the first update, and those of π_θ under each mode before the last. Every rank takes part
+    with a response of its own; like scores, these passes are not in the seconds."""
+    *earlier, last = batch.split(len(batch.tokens) // run.c.mini_batches)
+    shown = run.samples_due() and batch.routing is not None  # the same on every rank
+    row = take(last, [0])
+    old = score(run.policy, row.tokens, row.lengths, None)[1] if shown else None
+    rows = [update(run, part) for part in earlier]
+    if shown:
+        live = {mode: score(run.policy, row.tokens, row.lengths, replay)[1]
+                for mode, replay in replays(old, row.routing).items()}
+        if RANK == 0:
+            run.samples[0] |= routes_of(row, old, live, run.tokenizer)
+    return rows + [update(run, last)]
+
+
+def update(run: "Run", part: Rollout) -> dict:
     """One update at the learning rate of its turn, from responses that are not too old by then -> a
-    row of metrics; experts as in train_step."""
+    row of metrics."""
     c, ages = run.c, staleness(part, run.version)
     for group in run.optimizer.param_groups:
         group["lr"] = c.lr * min(1, (run.version + 1) / c.warmup)
     with run.phases("train"):
         metrics = staleness_metrics(ages, c.max_staleness) | train_step(
-            run.policy, run.optimizer, without_stale(part, ages, c.max_staleness), c, run.loss_fn,
-            experts)
+            run.policy, run.optimizer, without_stale(part, ages, c.max_staleness), c, run.loss_fn)
     run.version += 1
     run.phases.bar.update()
     return {"update": run.version, "score": None, "score_errors": None,

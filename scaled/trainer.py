@@ -40,14 +40,22 @@ def move(policy: "Policy", optimizer: torch.optim.Optimizer, device: str):
 
 
 @torch.no_grad()
+def score(policy: "Policy", tokens: Tensor, lengths: Tensor, replay: Tensor | None,
+          head: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """log π (B, T) of given tokens (B, T + 1) at temperature 1, and the experts (B, T, L, A) that
+    its routers choose, whether or not replay (B, T, L, A) gives them others; None for a family whose
+    routers are not known. lengths (B,). head: as in Policy.forward. A collective."""
+    replay = None if replay is None else replay.to(DEVICE)
+    fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
+    with routed(policy.model, fixed.replay, fixed.fed) as routes:
+        logprobs, _ = policy(fixed.tokens, fixed.fed, 1.0, head)
+    return logprobs, routes.routing
+
+
 def logprobs_of(policy: "Policy", tokens: Tensor, lengths: Tensor, routing: Tensor | None,
                 head: Tensor | None = None) -> Tensor:
-    """log π (B, T) of given tokens (B, T + 1) at temperature 1, by the engine's experts, if it has
-    any. lengths (B,). head: as in Policy.forward."""
-    replay = None if routing is None else routing.to(DEVICE)
-    fixed = Rollout(tokens.to(DEVICE), lengths, lengths.to(DEVICE), replay=replay)
-    with routed(policy.model, fixed.replay, fixed.fed):
-        return policy(fixed.tokens, fixed.fed, 1.0, head)[0]
+    """log π (B, T) by the engine's experts, if it has any; as in score."""
+    return score(policy, tokens, lengths, routing, head)[0]
 
 
 def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
@@ -75,12 +83,11 @@ def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
 
 
 def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollout, c: Config,
-               loss_fn: Callable, experts: list | None = None) -> dict:
+               loss_fn: Callable) -> dict:
     """One update from one mini-batch, of which every rank has its rows -> metrics, all of them from
     before the update, and the learning rate that it had. c.lr_by scales that of the optimizer, which
     is set anew before each update. loss_fn: as in objectives.py. On every rank, weights kept,
-    FloatingPointError if it is not finite, RuntimeError if no response is left. experts, if it is
-    empty, gets those of row 0: the engine's (T, L, A), and what the trainer's routers choose."""
+    FloatingPointError if it is not finite, RuntimeError if no response is left."""
     counts = torch.stack([torch.tensor(len(batch.tokens)), batch.mask.sum()]).to(DEVICE)
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -101,8 +108,6 @@ def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollou
         if rows:
             sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
                           c.importance_sampling)
-        if experts == [] and 0 in rows and routes.routing is not None:
-            experts += [routing[rows.index(0)].cpu() for routing in (part.routing, routes.routing)]
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)

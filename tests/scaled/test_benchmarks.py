@@ -14,6 +14,7 @@ sys.path.append(str(BENCHMARKS))
 import growth  # noqa: E402
 import on_paper  # noqa: E402
 import routing  # noqa: E402
+import saves  # noqa: E402
 import scaled_trl  # noqa: E402
 import soak  # noqa: E402
 import speed  # noqa: E402
@@ -143,6 +144,27 @@ def test_a_step_by_its_parts(tmp_path):
     assert phases.keys() == {"reward", "rollout", "old", "train", "sync", "between phases"}
     whole = float(re.search(rf": ({NUMBER}) s", text["idle"])[1])
     assert sum(map(float, phases.values())) == pytest.approx(whole, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------- saves
+def test_saves_in_turn():
+    text = saves.measure(TINY | dict(responses=8, prompt=4, response=6, rounds=2, steps=1, ranks=2))
+    size = int(re.search(r"a checkpoint of (\d+) MB, 2 ranks, and 1 train steps", text)[1])
+    parameters = 2 * 61 * 64 + 64 + 2 * (2 * 64 + 2 * 32 + 64 * (64 + 2 * 32 + 64) + 8 * 64 + 8 * 3 * 64 * 32)
+    assert size == pytest.approx(12 * parameters / 1e6, abs=1.5)  # weights, two moments, and what torch writes around
+    times = {name: [float(x) for x in re.findall(NUMBER, line)] for name, line in re.findall(
+        "^(foreground|background) +(.+)$", text, re.MULTILINE)}
+    assert len(times["foreground"]) == len(times["background"]) == 6 and times["foreground"][0] > 0
+
+
+def test_what_a_save_saves_is_a_difference_of_one_round():
+    rows = dict(none=[[0, 5.0], [0, 7.0], [0, 4.0]], foreground=[[3, 8.5], [2, 9.5], [3, 8.0]],
+                background=[[1, 6.0], [1, 7.5], [2, 7.0]])
+    text = saves.table(dict(ranks=0, steps=4), rows | dict(bytes=2e6))
+    assert text.splitlines()[0] == "a checkpoint of 2 MB, 1 ranks, and 4 train steps of 5.00 s together; 3 rounds"
+    assert text.splitlines()[2].split() == "foreground 3.000 [2.000, 3.000] 3.500 [2.500, 4.000]".split()
+    assert text.splitlines()[3].split() == "background 1.000 [1.000, 2.000] 1.000 [0.500, 3.000]".split()
+    assert text.endswith("returns 1.000 [1.000, 2.000] s sooner; saved until all is done: 2.000 [1.000, 2.500] s")
 
 
 # ------------------------------------------------------------------------------------------ growth

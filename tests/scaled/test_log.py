@@ -4,17 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
 import nano_moe_rl as nano
 from scaled.config import Config
 from scaled.console import COLUMNS, Table
-from scaled.data import Prompt
-from scaled.export import nano_tokenizer
 from scaled.folder import cut_back
 from scaled.log import PAUSE, Log, drawable, scalars
 from scaled.metrics import equal_groups
-from scaled.samples import BEFORE, TEXT, TOKENS, routes_of, samples, shorten
 
 C = Config(checkpoint="c", train_data="d", mini_batches=2, updates=4, eval_every=2)
 ROW = {column.value: 0.5 for column in COLUMNS if isinstance(column.value, str)} | {
@@ -136,49 +132,3 @@ def test_the_picture_is_drawn_from_rows_of_both_kinds_and_of_many_layers(tmp_pat
 def test_numbers_of_a_list_have_their_place():
     assert scalars({"a": 1, "b": None, "c": [0.5, 0.25], "d": "text", "e": [None, 2]}) == {
         "a": 1, "c/0": 0.5, "c/1": 0.25, "e/1": 2}
-
-
-# ------------------------------------------------------------------------------------- The samples
-def text(tokens):
-    return " ".join(nano.VOCABULARY[token] for token in tokens)
-
-
-def test_samples_are_the_first_responses_of_the_first_prompts(rollout):
-    """Against the tokens of a rollout of 6 prompts with 4 responses each, one at a time."""
-    tokenizer = nano_tokenizer()
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    asked = [Prompt(f"p{p}", rollout.tokens[4 * p, :rollout.prompt_lengths[4 * p]].tolist(), str(p)) for p in range(6)]
-    longest = int((rollout.lengths - rollout.prompt_lengths).max())
-    rows = samples(rollout, asked, tokenizer, "training", 3, [nano.EOS], longest)
-    assert [row["prompt_id"] for row in rows] == ["p0", "p1", "p2"]
-    for p, row in enumerate(rows):
-        response = rollout.tokens[4 * p, rollout.prompt_lengths[4 * p]:rollout.lengths[4 * p]].tolist()
-        assert row["prompt"] == text(asked[p].tokens) and row["reference"] == str(p)
-        assert row["response"] == text([token for token in response if token != nano.EOS])
-        assert row["reward"] == rollout.rewards[4 * p].item()
-        assert row["truncated"] == (len(response) == longest and response[-1] != nano.EOS)
-        json.dumps(row)
-
-
-def test_routes_are_those_of_the_tokens_beside_them():
-    T, P, length = 100, 20, 97
-    tokens = torch.arange(T + 1) % 13
-    engine = torch.stack([torch.arange(T), torch.arange(T) + 1], -1)[:, None].to(torch.uint8)  # (T, 1, 2): the place
-    def show(prompt, length):
-        rollout = nano.Rollout(tokens[None], torch.tensor([prompt]), torch.tensor([length]))
-        return routes_of(rollout, engine, engine + 1, nano_tokenizer())
-
-    shown = show(P, length)
-    assert shown["response_from"] == BEFORE and len(shown["tokens"]) == TOKENS
-    for i, (token, ours, theirs) in enumerate(zip(shown["tokens"], shown["engine_experts"], shown["trainer_experts"])):
-        place = P - BEFORE + i
-        assert token == nano.VOCABULARY[place % 13]
-        assert ours == [[place, place + 1]] and theirs == [[place + 1, place + 2]]
-    short = show(3, 10)
-    assert short["response_from"] == 3 and len(short["tokens"]) == 9  # the last token is never fed
-
-
-def test_a_long_text_lacks_its_middle():
-    assert shorten("a" * TEXT) == "a" * TEXT
-    short = shorten("a" * TEXT + "b" * 7)
-    assert short.startswith("a" * (TEXT // 2)) and short.endswith("b" * 7) and "7 characters" in short

@@ -65,7 +65,8 @@ def test_hostile_text_is_shown_and_nothing_is_loaded(tmp_path, monkeypatch, caps
                for update in (0, 8) for i, evil in enumerate(EVIL)]
     ids = [[[0, 1]]] * len(EVIL)
     samples.append({"update": 8, "version": 4, "source": "training", "tokens": EVIL, "response_from": 2,
-                    "engine_experts": ids, "trainer_experts": [[[2, 1]]] * len(EVIL), "prompt": "", "response": ""})
+                    "engine_experts": ids, "old_experts": ids, "prompt": "", "response": "",
+                    "live_experts": {mode: [[[2, 1]]] * len(EVIL) for mode in ("none", "R2", "R3")}})
     events = [{"update": 3, "rule": evil, "message": [evil, {evil: evil}]} for evil in EVIL] + [{"update": 4}]
     name = "runs/<b>&'\"><script>"
     write_run(tmp_path / name.replace("/<", "/<"), ROWS, samples, events, replay=EVIL[0], system=EVIL,
@@ -192,7 +193,7 @@ def test_the_picture_has_a_mark_for_each_difference(noisy, tmp_path, capsys):
     engine = [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]]]
     trainer = [[[1, 0], [2, 3]], [[0, 2], [2, 3]], [[4, 5], [3, 6]]]  # 0, 0; 1, 0; 2, 1 others
     sample = {"update": 4, "source": "training", "tokens": ["a", " ", "c" * 40], "response_from": 1,
-              "engine_experts": engine, "trainer_experts": trainer}
+              "engine_experts": engine, "trainer_experts": trainer}  # of an earlier version
     for mode in ("none", "R3"):
         write_run(tmp_path / mode, ROWS, [sample], replay=mode)
     root, numbers = made(tmp_path, capsys, noisy, tmp_path / "none", tmp_path / "R3", "--out", tmp_path / "page.html")
@@ -214,8 +215,41 @@ def test_the_picture_has_a_mark_for_each_difference(noisy, tmp_path, capsys):
     assert [node.text for node in pictures[1].iter("text") if "mono" in node.get("class")] == ["a", "␣", "c" * 13 + "…"]
 
 
+def test_a_recorded_response_has_a_map_for_each_mode(tmp_path, capsys):
+    """Ten tokens of one layer, whose experts are written down; of the four samples the first and the last."""
+    engine, old = [[[0, 1]]] * 10, [[[0, 1]]] * 8 + [[[1, 2]]] * 2
+    live = {"none": [[[1, 0]]] * 5 + [[[2, 3]]] * 5, "R2": [[[0, 1]]] * 7 + [[[1, 2]]] * 3,
+            "R3": [[[0, 2]]] + engine[1:]}
+    sample = {"source": "training", "tokens": [*"abcdefghij"], "response_from": 4, "engine_experts": engine,
+              "old_experts": old, "live_experts": live}
+    rows = [sample | {"update": update} for update in (4, 8, 12)]
+    rows[1] = {name: x for name, x in rows[1].items() if not name.endswith("_experts")}
+    for name, changes in (("R2", {"replay": "R2"}), ("1", {"mini_batches": 1, "replay": [["R3"]]})):
+        write_run(tmp_path / name, ROWS, rows, **changes)
+    root, numbers = made(tmp_path, capsys, tmp_path / "R2", tmp_path / "1", "--out", tmp_path / "page.html")
+    assert numbers[0]["routes"] == numbers[1]["routes"] == [
+        {"mode": mode, "update": update, "pairs": 10, "other_experts": others, "router_overruled": overruled}
+        for update in (4, 12) for mode, others, overruled in (("none", 5, 0), ("R2", 2, 1), ("R3", 0, 1))]
+    pictures = [svg for div in root.iter("div") if div.get("class") == "maps" for svg in div.iter("svg")]
+    assert len(pictures) == 4
+    for svg in pictures:
+        assert [node.text for node in svg.iter("text") if node.get("class") == "head"] == ["none", "R2", "R3"]
+        hints = Counter(texts(svg, "title"))
+        assert hints == {"layer 0: engine 0, 1; training 2, 3; router 2, 3": 5,
+                         "layer 0: engine 0, 1; training 1, 2; router 1, 2": 2,
+                         "layer 0: engine 0, 1; training 0, 1; router 1, 2": 1,
+                         "layer 0: engine 0, 1; training 0, 1; router 0, 2": 1}
+    recorded = [text for text in texts(root, "p") if text.startswith("Recorded in training")]
+    assert [text.rpartition("mode.")[2] for text in recorded] == [
+        " The run itself trains under R2.", " With N = 1 π_old is π_θ, and R2 the same as none."]
+
+
 # ------------------------------------------------------------------------------------- Refusals
 GOOD = json.dumps(ROWS[1]) + "\n"
+ALL = dict.fromkeys(("none", "R2", "R3"), [[[1]]])
+WRONG = [{"old_experts": None}, {"old_experts": [[[1, 2]]]}, {"live_experts": []}, {"live_experts": {}},
+         {"live_experts": {"none": [[[1]]]}}, {"live_experts": ALL | {"R4": [[[1]]]}}, {"engine_experts": {}},
+         {"live_experts": ALL | {"R2": [[[True]]]}}, {"live_experts": ALL | {"R3": "R3"}}, {"response_from": 2}]
 REFUSED = [
     ({}, ["nowhere"], "nowhere: has no config.json and metrics.jsonl; give the folder of a run"),
     ({"metrics.jsonl": ""}, [], "metrics.jsonl: is empty; wait for the first update"),
@@ -235,6 +269,9 @@ REFUSED = [
                        '"response_from": 0}\n'}, [], "a sample of update 4 has no experts for each"),
     ({"samples.jsonl": '{"update": 4, "engine_experts": [[["x"]]], "trainer_experts": [[["x"]]], "tokens": ["a"], '
                        '"response_from": 0}\n'}, [], "a sample of update 4 has no experts for each"),
+    *(({"samples.jsonl": json.dumps({"update": 4, "tokens": ["a"], "response_from": 0, "engine_experts": [[[1]]],
+                                     "old_experts": [[[1]]], "live_experts": ALL} | wrong) + "\n"}, [],
+       "a sample of update 4 has no experts for each") for wrong in WRONG),
     ({}, ["run", "--out", "no/page.html"], "--out no/page.html: there is no folder no; make it first"),
     ({}, ["run", "--out", "run/config.json"], "--out run/config.json: exists and is no report; give another file"),
     ({}, ["run", "--out", "run"], "--out run: exists and is no report"),

@@ -85,7 +85,7 @@ def test_two_versions_in_a_batch_against_a_response_at_a_time(group, folder, bou
         (name.removeprefix("model."), p.grad.full_tensor().clone()) for name, p in policy.model.named_parameters()))
     run = SimpleNamespace(c=c, version=10, optimizer=optimizer, policy=policy, loss_fn=nano.minirl_loss,
                           phases=Phases(silent=True))
-    row = train.update(run, part, None)
+    row = train.update(run, part)
     expected, metrics = by_hand(model, part, bound, 10)
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     assert metrics["stale_responses"] == dropped and norm > 0.01 and row["update"] == run.version == 11
@@ -150,7 +150,7 @@ def test_the_learning_rate_of_an_update(group, folder, by):
     optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     run = SimpleNamespace(c=c, version=9, optimizer=optimizer, policy=policy, loss_fn=partial(nano.minirl_loss),
                           phases=Phases(silent=True))
-    rows = [train.update(run, part, None) for part in batch.split(16)]
+    rows = [train.update(run, part) for part in batch.split(16)]
     for rate, row in zip(rates, rows, strict=True):
         share = {"none": 1, "token": row["effective_sample_size"], "response": row["response_sample_size"]}[by]
         assert rate == row["lr"] == pytest.approx(0.3 * math.sqrt(share))
@@ -166,7 +166,7 @@ def two_ranks(rank, world, folder):
     run = SimpleNamespace(c=c, version=9, optimizer=optimizer, policy=policy, loss_fn=nano.minirl_loss,
                           phases=Phases(silent=True))
     batch = prepare_batch(policy, batch, c)
-    rows = [train.update(run, part, None) for part in batch.split(len(batch.tokens) // 2)]
+    rows = [train.update(run, part) for part in batch.split(len(batch.tokens) // 2)]
     if rank == 0:
         torch.save(rows, folder / f"result-{world}")
     dist.destroy_process_group()

@@ -137,10 +137,11 @@ def test_samples_are_graded_texts_and_show_routes(folder):
             tokens = len(row["tokens"])
             assert row["tokens"][:row["response_from"]] == row["prompt"].split()
             assert row["tokens"][row["response_from"]:] == row["response"].split()  # the last token is never fed
-            engine, trainer = (np.array(row[f"{name}_experts"]) for name in ("engine", "trainer"))
-            assert engine.shape == trainer.shape == (tokens, 3, 2)
-            same = (np.sort(engine) == np.sort(trainer)).all(-1)
-            assert same.mean() > 0.85 and (engine[..., 0] != engine[..., 1]).all()
+            engine, old = (np.array(row[f"{name}_experts"]) for name in ("engine", "old"))
+            assert [*row["live_experts"]] == ["none", "R2", "R3"] and (engine[..., 0] != engine[..., 1]).all()
+            for experts in (old, *map(np.array, row["live_experts"].values())):
+                assert engine.shape == experts.shape == (tokens, 3, 2)
+                assert (np.sort(engine) == np.sort(experts)).all(-1).mean() > 0.85
     assert len({row["response"] for row in rows}) > 8
 
 
@@ -193,7 +194,9 @@ def test_a_report_has_the_run(folder, monkeypatch, capsys):
     told, = json.loads(capsys.readouterr().out)["runs"]
     rows = metrics(folder, "whole")
     assert told["updates"] == 24 and told["last_score"] == rows[-1]["score"] and told["last_reward"] == rows[-1]["reward"]
-    assert [(x["mode"], x["update"], x["other_experts"]) for x in told["routes"]] == [("R3", 4, 0), ("R3", 24, 0)]
+    assert [(x["update"], x["mode"]) for x in told["routes"]] == [
+        (update, mode) for update in (4, 24) for mode in ("none", "R2", "R3")]
+    assert [x["other_experts"] for x in told["routes"][2::3]] == [0, 0]
     page = (folder / "runs/whole/report.html").read_text()
     for sample in lines_of(folder, "whole", "samples.jsonl"):
         if sample["source"] == "held out" and sample["update"] in (0, 24):
@@ -221,6 +224,10 @@ def test_one_engine_on_two_ranks_trains_the_same_number_of_updates(folder):
     rows = metrics(folder, "tensor")
     assert len(rows) == 8 and rows[0].keys() == METRICS
     assert max(row["staleness_kl"] for row in rows[0::2]) < 1e-9 < rows[1]["staleness_kl"]
+    shown = [row for row in lines_of(folder, "tensor", "samples.jsonl") if row["source"] == "training"]
+    assert [row["update"] for row in shown] == [2, 8]
+    for row in shown:  # the text and the experts are of one response
+        assert row["tokens"] == [*row["prompt"].split(), *row["response"].split()]
 
 
 def test_the_recipe_of_a_node_runs_on_a_small_checkpoint(folder):
