@@ -19,7 +19,6 @@ import soak  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
 import timing  # noqa: E402
-from scaled import batches  # noqa: E402
 
 TINY = dict(layers=2, width=64, experts=8, top_k=2, expert_width=32, vocabulary=61)
 NUMBER = r"-?\d+\.\d+"
@@ -94,29 +93,29 @@ def test_what_routing_costs():
 
 
 # -------------------------------------------------------------------------------------------- step
-def slow_padding(lengths, budget):
-    """Positions of every pass of every rank, one by one."""
-    parts = [batches.micro_batches(rows, budget) for rows in lengths]
-    passes = max(map(len, parts))
+def slow_padding(lengths, sizes):
+    """Positions of every row of every rank, one by one, in passes of so many rows, the longest first."""
     nothing = fed = waited = whole = 0
-    for n in range(passes):
-        sizes = []
-        for rows, of in zip(lengths, parts):
-            part = [rows[i] - 1 for i in of[n]] if n < len(of) else []
-            positions = sum(max(part) for _ in part) if part else 1
+    left = [sorted(rows) for rows in lengths]
+    for n in sizes:
+        positions = []
+        for rows in left:
+            part = [rows.pop() - 1 for _ in range(n)]
+            positions.append(sum(max(part) for _ in part))
             fed += sum(part)
-            nothing += positions - sum(part)
-            sizes.append(positions)
-        waited += sum(max(sizes) - size for size in sizes)
-        whole += max(sizes) * len(sizes)
-    return nothing / (nothing + fed), waited / whole, passes
+            nothing += positions[-1] - sum(part)
+        waited += sum(max(positions) - size for size in positions)
+        whole += max(positions) * len(positions)
+    assert not any(left)
+    return nothing / (nothing + fed), waited / whole, len(sizes)
 
 
 def test_padding_and_waiting_by_counting():
-    drawn = torch.randint(2, 30, (3, 7), generator=torch.Generator().manual_seed(1)).tolist()
-    for lengths, budget in (([[5, 5]], 10), ([[9, 2, 2], [3, 3, 3]], 9), (drawn, 31), (drawn, 200)):
+    for lengths, budget, sizes in (([[5, 5]], 10, [2]), ([[9, 2, 2], [3, 3, 3]], 9, [1, 2]),
+                                   ([[9, 9, 2], [8, 3, 3]], 99, [3]), ([[30, 29, 9], [30, 28, 9]], 60, [2, 1]),
+                                   ([[3000, 3000, 900], [2900, 2900, 9]], 10**5, [2, 1])):
         found = step.padding(lengths, budget)
-        assert tuple(found.values()) == pytest.approx(slow_padding(lengths, budget))
+        assert tuple(found.values()) == pytest.approx(slow_padding(lengths, sizes))
     assert step.padding([[5, 5]], 10) == dict(padding=0, waiting=0, passes=1)
 
 
@@ -133,11 +132,12 @@ def test_a_step_by_its_parts(tmp_path):
                    max_response=8)
     c = TINY | dict(rounds=1, ranks=0, precision="fp32", only=None, options=options)
     text = step.measure(c)
-    assert list(text) == ["sync", "padding", "idle"]
+    assert list(text) == ["sync", "padding", "cut", "idle"]
     parameters = 2 * 61 * 64 + 64 + 2 * (2 * 64 + 2 * 32 + 64 * (64 + 2 * 32 + 64) + 8 * 64 + 8 * 3 * 64 * 32)
     assert f"sync of {4 * parameters / 1e6:.0f} MB of fp32 weights, {2 * (8 + 1 + 8 * 3) + 3} published" in text["sync"]
     shares = [float(x) for x in re.findall(rf"({NUMBER})%(?: of the sync)?$", text["sync"], re.MULTILINE)]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert re.search(rf"1 ranks, [678]\.\d% padding in one pass\n.* {NUMBER} \[.* {NUMBER} \[", text["cut"])
     assert text["padding"].count("\n") == 3 * len(step.RECIPES)
     phases = dict(re.findall(rf"^  ([a-z ]+?) +({NUMBER}) s", text["idle"], re.MULTILINE))
     assert phases.keys() == {"reward", "rollout", "old", "train", "sync", "between phases"}
