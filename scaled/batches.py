@@ -23,6 +23,17 @@ def prompts_of_engine(n_prompts: int, mini_batch: int, engines: int, engine: int
     return [i for i in range(n_prompts) if i % mini_batch // share == engine]
 
 
+def shared_prefixes(prompts: list[list[int]], block: int) -> list[int]:
+    """How many tokens each prompt shares with the one before, in whole blocks of the prefix cache; its
+    last token is always computed again. 0 for all if block is 0."""
+    shared = [0] * len(prompts)
+    for i, (before, prompt) in enumerate(zip(prompts, prompts[1:] if block else ()), 1):
+        same = next((t for t, (a, b) in enumerate(zip(before, prompt)) if a != b),
+                    min(len(before), len(prompt)))
+        shared[i] = min(same, len(prompt) - 1) // block * block
+    return shared
+
+
 def rows_of_rank(n_rows: int, mini_batches: int, ranks: int, rank: int) -> list[int]:
     """Which of an engine's responses one of its ranks trains on: the same number of each
     mini-batch, those of the first mini-batch first."""

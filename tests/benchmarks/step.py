@@ -42,7 +42,7 @@ def sync(c: dict) -> dict:
     with timing.group():
         engine, policy = timing.engine(c["folder"], 64, c["precision"]), timing.policy(c["folder"])
         sources = [x.clone() for _, x in named_weights(policy)]
-        targets = [torch.empty_like(x) for x in sources]
+        targets, wall = [torch.empty_like(x) for x in sources], []
 
         def copy():
             for target, source in zip(targets, sources):
@@ -53,10 +53,13 @@ def sync(c: dict) -> dict:
                 list(engine.published(name, x))
 
         def take():
+            began = time.perf_counter()
             engine.load_weights(named_weights(policy), 1)
+            wall.append(time.perf_counter() - began)
 
         arms = dict(copy=copy, gather=lambda: [None for _ in named_weights(policy)], publish=publish, sync=take)
         found = turns({name: partial(seconds, arm) for name, arm in arms.items()}, c["rounds"])
+        found["wall"] = wall[1:]
         profile = cProfile.Profile(timing.clock)
         profile.runcall(take)
         stats = pstats.Stats(profile).stats
@@ -65,6 +68,23 @@ def sync(c: dict) -> dict:
         found |= dict(bytes=sum(x.nbytes for x in sources), top=top, all=sum(x[2] for x in stats.values()),
                       published=sum(1 for name, x in named_weights(policy) for _ in engine.published(name, x)))
     return found
+
+
+def sync_beside(c: dict) -> tuple[dict, str]:
+    """sync on so many ranks, and one line: its seconds beside those on one rank, in processes that take
+    turns; "" for one rank."""
+    def cells(rounds: int, *ranks: int) -> list[dict]:
+        return [timing.in_process(__file__, c | dict(kind="sync", rounds=rounds), n) for n in ranks]
+
+    if c["ranks"] < 2:
+        return *cells(c["rounds"], c["ranks"]), ""
+    pairs = [cells(c["rounds"] // 2, *order)[:: 1 if order[0] == 1 else -1]
+             for order in ((1, c["ranks"]), (c["ranks"], 1))]
+    one, several = ({name: found[0][name] + found[1][name] for name in ("copy", "gather", "publish", "sync", "wall")}
+                    for found in zip(*pairs))
+    own, wall, gather = (shown(ratio(several[name], one[name])) for name in ("sync", "wall", "gather"))
+    return pairs[0][1] | several, (f"\n{c['ranks']} ranks / 1 rank: rank 0's own time {own}, the wall's clock {wall}; "
+                                   f"gathered alone, own {gather}")
 
 
 def sync_table(c: dict, found: dict) -> str:
@@ -226,7 +246,8 @@ def measure(c: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if "sync" in asked:
             where = timing.checkpoint(Path(folder, "hf"), **{name: c[name] for name in SIZES})
-            text["sync"] = sync_table(c, timing.in_process(__file__, c | dict(kind="sync", folder=where), c["ranks"]))
+            found, beside = sync_beside(c | dict(folder=where))
+            text["sync"] = sync_table(c, found) + beside
         if "padding" in asked:
             text["padding"] = padding_table(c)
         if "cut" in asked:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import nano_moe_rl as nano
 from processes import join_group, run_ranks
 from scaled import batches
-from scaled.batches import AXES, PADDING, PASS, equal_passes, micro_batches, prompts_of_engine, rows_of_rank, take
+from scaled.batches import (AXES, PADDING, PASS, equal_passes, micro_batches, prompts_of_engine, rows_of_rank,
+                            shared_prefixes, take)
 
 LENGTHS = [3, 11, 4, 4, 9, 2, 11, 5]
 
@@ -152,3 +153,19 @@ def test_each_mini_batch_has_its_own_prompts_and_every_row_one_rank(engines, ran
                 trained[n] += [responses[row] for row in rows[n * size : (n + 1) * size]]
     for n in range(N):
         assert sorted(trained[n]) == [(p, g) for p in range(n * P, (n + 1) * P) for g in range(G)]
+
+
+def test_prefixes_in_whole_blocks():
+    """Against every prefix, one token at a time."""
+    def slow(a, b, block):
+        return max(n for n in range(0, len(b), block) if n <= len(a) and a[:n] == b[:n])
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[7] * n + torch.randint(2, (m,), generator=generator).tolist()
+               for n, m in torch.randint(0, 14, (40, 2), generator=generator).tolist() if n + m]
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    for block in (1, 3, 4):
+        found = shared_prefixes(prompts, block)
+        assert found == [0] + [slow(a, b, block) for a, b in zip(prompts, prompts[1:])]
+        assert any(found[1::2]) and any(found[2::2])
+    assert shared_prefixes(prompts, 0) == [0] * len(prompts) and shared_prefixes([], 4) == []

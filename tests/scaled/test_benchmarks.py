@@ -83,12 +83,13 @@ def test_what_routing_costs():
     assert first["tokens"] == P * G * T and first["bytes"] == P * G * T * 2 * 2
     assert first["again"] == P * (G - 1) * 5 * 2 * 2  # the prompt, once for each response but the first
     assert first["seconds"] > first["run"] > 0 and first["routes"] > 0
-    assert found["rollout"]["not captured"][0]["bytes"] == 0
+    assert first["sent"] == first["bytes"] and found["rollout"]["not captured"][0]["bytes"] == 0
+    assert found["rollout"]["captured again"][0]["again"] == first["again"]  # no prompt fills a block
     assert found["row"]["bytes"] == found["row"]["formula"] == 33 * 4 * 2
     text = routing.table(c, found)
-    for line in ("routes captured / not", "replayed / recorded"):
+    for line in ("routes captured / not", "those of a prefix once / each time", "replayed / recorded"):
         assert re.search(rf"{line} +{NUMBER} \[", text)
-    assert f"bytes a token: 4 by L · A, 4.0 measured; {2 * 5 / 24:.1%} are those" in text
+    assert f"bytes a token: 4 by L · A, 4.0 measured; 100.0% come from vLLM, {2 * 5 / 24:.1%} are of a prompt" in text
     assert "a row of 33 tokens, 4 layers, 2 of 8 experts: 0.00 MB" in text
 
 
