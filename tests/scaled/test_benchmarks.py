@@ -146,6 +146,22 @@ def test_a_step_by_its_parts(tmp_path):
     assert sum(map(float, phases.values())) == pytest.approx(whole, abs=0.01)
 
 
+def test_sync_on_two_ranks_stands_beside_one(monkeypatch):
+    """Processes in turn, each with half of the rounds: 1, 2, 2, 1 ranks."""
+    asked, arms = [], ("copy", "gather", "publish", "sync", "wall")
+
+    def in_process(script, setting, ranks):
+        asked.append((ranks, setting["rounds"]))
+        return {name: [ranks * (i + len(asked) // 4 + 1.0) for i in (0, 1)] for name in arms} | dict(bytes=ranks)
+
+    monkeypatch.setattr(timing, "in_process", in_process)
+    found, line = step.sync_beside(dict(ranks=2, rounds=4))
+    assert asked == [(1, 2), (2, 2), (2, 2), (1, 2)] and found["bytes"] == 2 and found["sync"] == [2, 4, 2, 4]
+    assert "2 ranks / 1 rank: rank 0's own time 1.667 [1.000, 2.000]" in line  # 2/1, 4/2, 2/2, 4/3
+    asked.clear()
+    assert step.sync_beside(dict(ranks=0, rounds=4))[1] == "" and asked == [(0, 4)]
+
+
 # ------------------------------------------------------------------------------------------ growth
 def test_growth_of_every_kind(tmp_path):
     found, base = {}, growth.BASE | TINY | dict(prompt=4, response=6, responses=8, budget=60)
