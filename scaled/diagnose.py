@@ -92,10 +92,9 @@ def observe(policy, rollout, c: Config):
             with torch.no_grad(), routed(policy.model, part.routing if replay else None,
                                          part.fed) as routes:
                 some, _ = policy(part.tokens, part.fed, temperature)
-            if rows:
-                logprobs[rows, :some.shape[1]] = some.cpu()
-                if routing is not None:
-                    routing[rows, :some.shape[1]] = routes.routing.to(routing)
+            logprobs[rows, :some.shape[1]] = some.cpu()
+            if routing is not None:
+                routing[rows, :some.shape[1]] = routes.routing.to(routing)
         return logprobs, routing
 
     own, own_routing = score(False, c.temperature)

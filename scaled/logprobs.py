@@ -42,7 +42,9 @@ class _Head(torch.autograd.Function):
             del logits, logprobs
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, hidden[part])  # else a chunk's has the shape of the weight
+            elif grad_weight is not None:
                 grad_weight += grad.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)

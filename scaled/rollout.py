@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nano_moe_rl import DEVICE, Rollout
+from scaled.batches import shared_prefixes
 from scaled.data import end_tokens
 from scaled.engine import EngineError, engine_called
 from scaled.families import knows, moe_layers, route_shape
@@ -20,7 +21,7 @@ from scaled.quantisation import quantisation
 from scaled.replay import check_routes
 from scaled.terminal import bar, err
 from scaled.vllm_internals import (
-    VLLM, check_served, check_vllm, options_for, set_environment, shut_down)
+    VLLM, block_of_cache, check_served, check_vllm, options_for, set_environment, shut_down)
 
 # without vLLM's figures of speed, which are longer than a line
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
@@ -112,6 +113,7 @@ class Engine:
             import vllm
             options |= options_for(config)
             self.vllm, self.llm = vllm, vllm.LLM(folder, **ours | options | vllm_options)
+        self.block = block_of_cache(self.llm) if self.contract else 0
         self.probe()
 
     def probe(self):
@@ -139,10 +141,13 @@ class Engine:
         prompts = [prompt for prompt in prompts for _ in range(group_size)]
         # A seed for each response: what is drawn does not depend on which others are in a batch.
         seeds = random.Random(f"{self.seed}/{seed}")
+        shared = shared_prefixes(prompts, self.block)  # computed once, so their routes come once
         outputs = self.run(prompts, [self.vllm.SamplingParams(
             temperature=self.temperature, top_p=top_p, max_tokens=max_response, logprobs=0,
             stop_token_ids=self.eos, seed=seeds.getrandbits(62), flat_logprobs=True,
-            detokenize=False) for _ in prompts])
+            detokenize=False, routed_experts_prompt_start=start) for start in shared])
+        if any(output.num_cached_tokens < start for output, start in zip(outputs, shared)):
+            self.block = 0  # some prefix was computed again: from now on all routes are asked for
         rows, logprobs, routes = [], [], []
         for i, (prompt, output) in enumerate(zip(prompts, outputs)):
             answer = output.outputs[0]
@@ -154,10 +159,11 @@ class Engine:
                 raise EngineError(f"response {i}: log-probabilities are not finite")
             rows.append(torch.tensor(prompt + sampled))
             logprobs.append(torch.tensor([0.0] * (len(prompt) - 1) + answer.logprobs.logprobs))
-            routes.append(self.routes(answer.routed_experts, len(rows[-1]) - 1, f"response {i}"))
+            routes.append(self.routes(
+                answer.routed_experts, len(rows[-1]) - 1 - shared[i], f"response {i}"))
         return Rollout(pad_sequence(rows, True), torch.tensor([len(prompt) for prompt in prompts]),
                        torch.tensor([len(row) for row in rows]), pad_sequence(logprobs, True),
-                       self.pad(routes), self.version)
+                       self.pad(routes, shared), self.version)
 
     def score(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         self.check_lengths(sequences, 1)  # the token that vLLM always samples
@@ -215,17 +221,19 @@ class Engine:
         except EngineError as fact:
             raise EngineError(f"{name}: {fact}") from None
 
-    def pad(self, routes: list[Tensor | None]) -> Tensor | None:
-        """Routes (rows, L, A) -> (B, T, L, A); on padding all experts take turns, since a single
-        one would be overloaded."""
+    def pad(self, routes: list[Tensor | None], shared: list[int] | None = None) -> Tensor | None:
+        """Routes (rows, L, A) -> (B, T, L, A). The first `shared` of a row are those of the row before.
+        On padding all experts take turns, since a single one would be overloaded."""
         if self.contract is None:
             return None
         A, E = self.contract["top_k"], self.contract["n_experts"]
-        T = max(map(len, routes))
+        shared = shared or [0] * len(routes)
+        T = max(start + len(route) for start, route in zip(shared, routes))
         turns = (torch.arange(T * A) % E).view(T, 1, A).to(routes[0].dtype)
         batch = turns.expand(T, len(self.contract["layers"]), A).repeat(len(routes), 1, 1, 1)
-        for row, route in zip(batch, routes):
-            row[: len(route)] = route
+        for i, (start, route) in enumerate(zip(shared, routes)):
+            batch[i, :start] = batch[i - 1, :start]
+            batch[i, start : start + len(route)] = route
         return batch
 
     def check_lengths(self, prompts: list[list[int]], response: int):

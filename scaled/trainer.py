@@ -21,8 +21,7 @@ if TYPE_CHECKING:  # imports transformers, for which --help should not wait
 
 
 def passes(batch: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
-    """The rows of each forward pass, and these rows on the device. As many passes on every rank;
-    one without rows carries a stand-in that counts for nothing."""
+    """The rows of each forward pass, and these rows on the device. As many passes on every rank."""
     for rows in bar(equal_passes(batch.lengths.tolist(), c.token_budget, DEVICE), "passes",
                     delay=2, disable=True if RANK else None):
         part = take(batch, rows)  # routes stay narrow, here and on the device
@@ -73,11 +72,10 @@ def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
         given = part.replay if c.replay == "R3" else None
         with torch.no_grad(), routed(policy.model, given, part.fed) as routes:
             logprobs, _ = policy(part.tokens, part.fed, c.temperature)
-        if rows:
-            columns = logprobs.shape[1]
-            old_logprobs[rows, :columns] = logprobs.cpu()
-            if c.replay == "R2":
-                batch.replay[rows, :columns] = routes.routing.to(batch.replay)
+        columns = logprobs.shape[1]
+        old_logprobs[rows, :columns] = logprobs.cpu()
+        if c.replay == "R2":
+            batch.replay[rows, :columns] = routes.routing.to(batch.replay)
     batch.old_logprobs = old_logprobs
     return batch
 
@@ -105,9 +103,8 @@ def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollou
                 n_sequences=n_sequences, n_tokens=n_tokens)
             loss.backward()  # inside: a checkpointed layer is routed again here
         loss_sum += loss.detach()
-        if rows:
-            sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
-                          c.importance_sampling)
+        sums.add_pass(part, logprobs.detach(), old, entropies, routes.routing, gate,
+                      c.importance_sampling)
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), c.gradient_norm)

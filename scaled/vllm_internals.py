@@ -93,6 +93,12 @@ def options_for(config) -> dict:
     return {}
 
 
+def block_of_cache(llm) -> int:
+    """Tokens of a block of the prefix cache, which keeps whole ones; 0 if there is none."""
+    config = llm.llm_engine.vllm_config.cache_config
+    return config.block_size if config.enable_prefix_caching else 0
+
+
 # -------------------------------------------------------------------------------- Mended faults
 @cache
 def repack_experts_on_reload():

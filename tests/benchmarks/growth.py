@@ -30,9 +30,10 @@ BASE = dict(layers=4, width=128, experts=16, top_k=2, expert_width=64, vocabular
 NANO = dict(batch=128, length=16, experts=16)
 # what is turned -> its values, and what arithmetic expects of seconds and of memory
 TRAIN = {
-    "response": ((128, 256, 512, 1024), "linear, attention's square on top", "flat: a pass has at most 4,096 tokens"),
-    "vocabulary": ((1024, 8192, 50_257), "linear on top of the layers", "flat: logits come in chunks"),
-    "experts": ((8, 16, 32, 64), "flat: top-2 of however many", "flat"),
+    "response": ((128, 256, 512, 1024, 2048, 4096), "linear, attention's square on top",
+                 "flat: a pass has at most 4,096 tokens, or a row"),
+    "vocabulary": ((1024, 8192, 50_257, 151_936), "linear on top of the layers", "flat: logits come in chunks"),
+    "experts": ((8, 16, 32, 64, 128), "flat: top-2 of however many", "flat"),
     "layers": ((2, 4, 8), "linear", "linear"),
     "responses": ((16, 32, 64), "linear", "flat: more passes"),
     "budget": ((1024, 2048, 4096), "flat", "linear until one pass has all"),
@@ -91,8 +92,8 @@ def train(c: dict) -> dict:
         policy = timing.policy(c["folder"], c["logits"])
         optimizer, n = adamw(policy, 1e-6), c["responses"] // ranks
         options = Config(checkpoint="-", train_data="-", mini_batches=1, prompts=max(1, n // 4), group_size=4,
-                         max_prompt=c["prompt"], max_response=c["response"], token_budget=c["budget"],
-                         train_precision="fp32", updates=1)
+                         max_prompt=c["prompt"], max_response=c["response"], train_precision="fp32", updates=1,
+                         token_budget=max(c["budget"], c["prompt"] + c["response"]))
 
         def step(batch):
             train_step(policy, optimizer, prepare_batch(policy, batch, options), options,

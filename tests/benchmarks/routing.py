@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/routing.py
     OMP_NUM_THREADS=1 python tests/benchmarks/routing.py --rounds 11 --layers 48 --experts 128 --top-k 8 --width 64
 
-Two engines, one of which captures routes, sample the same prompts in turn, each in a process of its own;
-three kinds of a training pass take turns in a third. What is compared are ratios of one turn.
+Three engines sample the same prompts in turn, each in a process of its own: one captures routes, one does
+and takes those of a shared prefix with every response, one captures none. Three kinds of a training pass
+take turns in a fourth. What is compared are ratios of one turn.
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ import timing
 import torch
 from timing import SIZES, clock, middle, ratio, seconds, shown, turns
 
+from scaled.batches import shared_prefixes
 from scaled.worker import Worker
 
 SHAPE = dict(prompts=16, group=4, prompt=64, response=64, rounds=21)
@@ -29,11 +31,13 @@ PUBLISHED = (48, 8, 128, 32_768)  # L, A, E of Qwen3-30B-A3B, and the tokens of 
 
 # ---------------------------------------------------------------------------------------- sampling
 @cache
-def engine(folder: str, max_length: int, routes: bool):
+def engine(folder: str, max_length: int, routes: bool, again: bool):
     """An engine whose own work on routes is timed, in `spent`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what vLLM says at its start
     made = timing.engine(folder, max_length, routes=routes)
     made.spent = {}
+    if again:
+        made.block = 0
     for name in ("run", "routes", "pad"):
         def timed(*args, name=name, method=getattr(made, name)):
             began = clock()
@@ -45,19 +49,20 @@ def engine(folder: str, max_length: int, routes: bool):
 
 
 def sample(setting: str, seed: int) -> dict:
-    """A rollout of one engine: seconds in all and by part, tokens fed, bytes of routes, and how many of
-    these a shared prompt's first response has already."""
+    """A rollout of one engine: seconds in all and by part, tokens fed, bytes of routes, how many of these
+    came from vLLM, and of a prompt that its group has already: what is behind whole blocks."""
     c = json.loads(setting)
-    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"])
+    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"], c["again"])
     made.spent.clear()
     began = clock()
-    rollout = made.generate(timing.prompts(c["prompts"], c["prompt"], c["vocabulary"]), c["group"], c["response"],
-                            seed, 0)
-    found = dict(seconds=clock() - began, tokens=int(rollout.fed.sum()), bytes=0, again=0) | made.spent
+    asked = timing.prompts(c["prompts"], c["prompt"], c["vocabulary"])
+    rollout = made.generate(asked, c["group"], c["response"], seed, 0)
+    found = dict(seconds=clock() - began, tokens=int(rollout.fed.sum()), bytes=0, sent=0, again=0) | made.spent
     if rollout.routing is not None:
-        groups = rollout.routing[:, :c["prompt"]].unflatten(0, (-1, c["group"]))
-        again = (groups[:, 1:] == groups[:, :1]).flatten(3).all(-1).sum().item()
-        found |= dict(bytes=rollout.routing.nbytes, again=again * rollout.routing[0, 0].nbytes)
+        shared = shared_prefixes([prompt for prompt in asked for _ in range(c["group"])], made.block)
+        again = sum(c["prompt"] - start for i, start in enumerate(shared) if i % c["group"])
+        one = rollout.routing[0, 0].nbytes
+        found |= dict(bytes=rollout.routing.nbytes, sent=rollout.routing.nbytes - sum(shared) * one, again=again * one)
     return found
 
 
@@ -128,8 +133,9 @@ def measure(c: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {name: c[name] for name in SIZES}
         c = c | dict(folder=timing.checkpoint(Path(folder), **sizes))
-        workers = {name: Worker("routing:sample", json.dumps(c | dict(routes=name == "captured")), seconds=1800)
-                   for name in ("captured", "not captured")}
+        arms = {"captured": (True, False), "captured again": (True, True), "not captured": (False, False)}
+        workers = {name: Worker("routing:sample", json.dumps(c | dict(routes=routes, again=again)), seconds=1800)
+                   for name, (routes, again) in arms.items()}
         try:
             found = turns({name: lambda worker=worker, seeds=count(): worker.ask(next(seeds))
                            for name, worker in workers.items()}, c["rounds"])
@@ -141,7 +147,8 @@ def measure(c: dict) -> dict:
 
 
 def table(c: dict, found: dict) -> str:
-    with_routes, without, trained = found["rollout"]["captured"], found["rollout"]["not captured"], found["training"]
+    (with_routes, each, without), trained = (
+        [found["rollout"][name] for name in ("captured", "captured again", "not captured")], found["training"])
     part = {name: [x.get(name, 0.0) for x in with_routes] for name in ("seconds", "run", "routes", "pad")}
     plain = {name: [x.get(name, 0.0) for x in without] for name in part}
     tokens, fed = with_routes[0]["tokens"], trained["tokens"]
@@ -157,6 +164,7 @@ def table(c: dict, found: dict) -> str:
     return f"""ratios, medians of {c["rounds"]} turns [95 % interval of the median]
 rollout, routes captured / not       {shown(ratio(part["seconds"], plain["seconds"]))}   bound 1.03
   of it vLLM alone                   {shown(ratio(part["run"], plain["run"]))}
+  those of a prefix once / each time {shown(ratio(part["seconds"], [x["seconds"] for x in each]))}
 training pass, replayed / recorded   {shown(ratio(trained["replayed"], trained["recorded"]))}   bound 1.02
   recorded / model without a context {shown(ratio(trained["recorded"], trained["bare"]))}
   replayed / model without a context {shown(ratio(trained["replayed"], trained["bare"]))}
@@ -176,7 +184,8 @@ replayed, that check included      {micro(replayed, fed)}
 training pass, recorded            {micro(trained["recorded"], fed)}
 
 bytes a token: {c["layers"] * c["top_k"]} by L · A, {middle(per_token)[0]:.1f} measured; \
-{median(x["again"] / x["bytes"] for x in with_routes):.1%} are those of a prompt that its group has already
+{median(x["sent"] / x["bytes"] for x in with_routes):.1%} come from vLLM, \
+{median(x["again"] / x["bytes"] for x in with_routes):.1%} are of a prompt that its group has already
 a row of {T} tokens, {L} layers, {A} of {E} experts: {row["formula"] / 1e6:.2f} MB by L · A · T, \
 {row["bytes"] / 1e6:.2f} MB measured; {row["normalise"]:.2f} s normalised and checked, {row["pad"]:.3f} s padded"""
 

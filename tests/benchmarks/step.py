@@ -1,11 +1,12 @@
 """What a step of scaled spends on anything but sampling and training: sync, padding, idle time.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py                  # all three
+    OMP_NUM_THREADS=1 python tests/benchmarks/step.py                  # all four
     OMP_NUM_THREADS=1 python tests/benchmarks/step.py --only sync --ranks 2
 
 Sync: seconds against those of one copy of the same bytes. Padding: positions that are computed for
-nothing, and ranks that wait, by the lengths of the recipes; no model is needed. Idle: the laptop
-recipe as it is, from one step's begin to the next.
+nothing, and ranks that wait, by the lengths of the recipes; no model is needed. Cut: seconds of an
+update in the laptop recipe's shape, with its padding, and in passes without. Idle: that recipe as it
+is, from one step's begin to the next.
 """
 import argparse
 import cProfile
@@ -16,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,9 +26,10 @@ import timing
 from timing import ROOT, ratio, seconds, shown, turns
 
 SIZES = dict(layers=8, width=512, experts=32, top_k=4, expert_width=256, vocabulary=32_000)
-RECIPES = ("laptop", "granite_3_1b_a400m", "olmoe_1b_7b", "qwen3_30b_a3b")
+RECIPES = [("laptop", 1), ("granite_3_1b_a400m", 1), ("granite_3_1b_a400m", 16), ("olmoe_1b_7b", 1),
+           ("qwen3_30b_a3b", 1)]  # and how many times its budget
 RANKS = {"laptop": 2, "qwen3_30b_a3b": 8}  # of a recipe; 1 of the others
-PARTS = ("sync", "padding", "idle")
+PARTS = ("sync", "padding", "cut", "idle")
 MOST = 8  # functions of the profile
 
 
@@ -39,7 +42,7 @@ def sync(c: dict) -> dict:
     with timing.group():
         engine, policy = timing.engine(c["folder"], 64, c["precision"]), timing.policy(c["folder"])
         sources = [x.clone() for _, x in named_weights(policy)]
-        targets = [torch.empty_like(x) for x in sources]
+        targets, wall = [torch.empty_like(x) for x in sources], []
 
         def copy():
             for target, source in zip(targets, sources):
@@ -50,10 +53,13 @@ def sync(c: dict) -> dict:
                 list(engine.published(name, x))
 
         def take():
+            began = time.perf_counter()
             engine.load_weights(named_weights(policy), 1)
+            wall.append(time.perf_counter() - began)
 
         arms = dict(copy=copy, gather=lambda: [None for _ in named_weights(policy)], publish=publish, sync=take)
         found = turns({name: partial(seconds, arm) for name, arm in arms.items()}, c["rounds"])
+        found["wall"] = wall[1:]
         profile = cProfile.Profile(timing.clock)
         profile.runcall(take)
         stats = pstats.Stats(profile).stats
@@ -62,6 +68,23 @@ def sync(c: dict) -> dict:
         found |= dict(bytes=sum(x.nbytes for x in sources), top=top, all=sum(x[2] for x in stats.values()),
                       published=sum(1 for name, x in named_weights(policy) for _ in engine.published(name, x)))
     return found
+
+
+def sync_beside(c: dict) -> tuple[dict, str]:
+    """sync on so many ranks, and one line: its seconds beside those on one rank, in processes that take
+    turns; "" for one rank."""
+    def cells(rounds: int, *ranks: int) -> list[dict]:
+        return [timing.in_process(__file__, c | dict(kind="sync", rounds=rounds), n) for n in ranks]
+
+    if c["ranks"] < 2:
+        return *cells(c["rounds"], c["ranks"]), ""
+    pairs = [cells(c["rounds"] // 2, *order)[:: 1 if order[0] == 1 else -1]
+             for order in ((1, c["ranks"]), (c["ranks"], 1))]
+    one, several = ({name: found[0][name] + found[1][name] for name in ("copy", "gather", "publish", "sync", "wall")}
+                    for found in zip(*pairs))
+    own, wall, gather = (shown(ratio(several[name], one[name])) for name in ("sync", "wall", "gather"))
+    return pairs[0][1] | several, (f"\n{c['ranks']} ranks / 1 rank: rank 0's own time {own}, the wall's clock {wall}; "
+                                   f"gathered alone, own {gather}")
 
 
 def sync_table(c: dict, found: dict) -> str:
@@ -97,30 +120,69 @@ def padding(lengths: list[list[int]], budget: int) -> dict:
     to no fed token, and of time in which ranks wait for one with more positions in the same pass."""
     from scaled.batches import micro_batches
 
-    passes = max(len(micro_batches(rows, budget)) for rows in lengths)
-    computed = [[max(rows[i] for i in part) * len(part) - len(part) if part else 1  # a stand-in
-                 for part in micro_batches(rows, budget, passes)] for rows in lengths]
+    places = list(zip(*(sorted(rows, reverse=True) for rows in lengths), strict=True))
+    passes = micro_batches([max(same) for same in places], budget,  # as equal_passes does
+                           [sum(same) / len(same) - 1 for same in places])
+    computed = [[(n - 1) * len(part) for n in places[part[0]]] for part in passes]  # of a pass, each rank
     fed, all_of = sum(map(sum, lengths)) - sum(map(len, lengths)), sum(map(sum, computed))
-    slowest = sum(max(same) for same in zip(*computed))
-    return dict(padding=1 - fed / all_of, waiting=1 - all_of / (slowest * len(lengths)), passes=passes)
+    slowest = sum(map(max, computed))
+    return dict(padding=1 - fed / all_of, waiting=1 - all_of / (slowest * len(lengths)), passes=len(passes))
 
 
 def padding_table(c: dict) -> str:
     from scaled.config import read_config
 
-    lines = ["recipe              ranks  lengths   passes  for nothing  waiting, by positions   (bound 5 %)"]
-    for recipe in RECIPES:
+    lines = ["recipe              budget  ranks  lengths   passes  for nothing  waiting, by positions   (bound 5 %)"]
+    for recipe, times in RECIPES:
         config = read_config(str(ROOT / f"scaled/configs/{recipe}.toml"), {})
         ranks, rows = RANKS.get(recipe, 1), config.prompts * config.group_size
         for kind in ("equal", "uniform", "skewed"):
             found = []
             for seed in range(c["rounds"]):
                 lengths = [config.max_prompt // 2 + x for x in drawn(kind, rows, config.max_response, seed)]
-                found.append(padding([lengths[rank::ranks] for rank in range(ranks)], config.token_budget))
+                found.append(padding([lengths[rank::ranks] for rank in range(ranks)],
+                                     times * config.token_budget))
             of = {name: median(x[name] for x in found) for name in found[0]}
-            lines.append(f"{recipe:20}{ranks:5}  {kind:8}{of['passes']:8.0f}  {of['padding']:11.1%}"
+            lines.append(f"{recipe:20}{f'x {times}':>6}{ranks:7}  {kind:8}{of['passes']:8.0f}  {of['padding']:11.1%}"
                          f"  {of['waiting']:21.1%}")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- cut
+def cut(c: dict) -> dict:
+    """Seconds of an update of 128 rows a rank, by the wall's clock and by its own, in one pass, and cut
+    for the sake of padding; lengths as in the laptop recipe: short of 28 by 2.1 tokens on average."""
+    import torch
+    from nano_moe_rl import adamw, minirl_loss
+    from scaled import batches
+    from scaled.config import Config
+    from scaled.ranks import RANK
+    from scaled.trainer import prepare_batch, train_step
+
+    sizes = dict(layers=4, experts=16, top_k=2, vocabulary=64)  # as the checkpoint's
+    with timing.group():
+        policy = timing.policy(c["folder"])
+        optimizer, generator = adamw(policy, 1e-6), torch.Generator().manual_seed(RANK)
+        options = Config(checkpoint="-", train_data="-", mini_batches=1, prompts=32, group_size=4, max_prompt=6,
+                         max_response=22, token_budget=8192, train_precision="fp32", updates=1)
+        short = torch.empty(128).exponential_(1 / 2.6, generator=generator).long()
+        batch = replace(timing.random_rollout(128, 4, 6, 22, sizes), lengths=(28 - short).clamp(10))
+
+        def update(least: int) -> tuple[float, float]:
+            batches.PASS = least
+            began, wall = timing.clock(), time.perf_counter()
+            train_step(policy, optimizer, prepare_batch(policy, batch, options), options,
+                       partial(minirl_loss, clip=True))
+            return time.perf_counter() - wall, timing.clock() - began
+
+        found = turns(dict(whole=partial(update, 10**9), cut=partial(update, 1)), c["rounds"])
+        return found | dict(padding=1 - (int(batch.lengths.sum()) - 128) / (128 * (int(batch.lengths.max()) - 1)))
+
+
+def cut_table(c: dict, found: dict) -> str:
+    wall, own = (ratio([x[i] for x in found["cut"]], [x[i] for x in found["whole"]]) for i in (0, 1))
+    return (f"an update of 128 rows a rank, {max(c['ranks'], 1)} ranks, {found['padding']:.1%} padding in one pass\n"
+            f"cut for 5 % / in one pass  {shown(wall)} by the wall's clock, {shown(own)} by rank 0's own")
 
 
 # -------------------------------------------------------------------------------------------- idle
@@ -149,7 +211,7 @@ def idle(c: dict) -> dict:
 
     def counted(lengths, *args):
         parts = equal_passes(lengths, *args)
-        computed[0] += sum(len(part) * (max(lengths[i] for i in part) - 1) if part else 1 for part in parts)
+        computed[0] += sum(len(part) * (max(lengths[i] for i in part) - 1) for part in parts)
         computed[1] += sum(lengths) - len(lengths)
         return parts
 
@@ -184,9 +246,14 @@ def measure(c: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if "sync" in asked:
             where = timing.checkpoint(Path(folder, "hf"), **{name: c[name] for name in SIZES})
-            text["sync"] = sync_table(c, timing.in_process(__file__, c | dict(kind="sync", folder=where), c["ranks"]))
+            found, beside = sync_beside(c | dict(folder=where))
+            text["sync"] = sync_table(c, found) + beside
         if "padding" in asked:
             text["padding"] = padding_table(c)
+        if "cut" in asked:
+            where = timing.checkpoint(Path(folder, "cut"), layers=4, width=128, experts=16, top_k=2,
+                                      expert_width=64, vocabulary=64)
+            text["cut"] = cut_table(c, timing.in_process(__file__, c | dict(kind="cut", folder=where), c["ranks"]))
         if "idle" in asked:
             text["idle"] = idle_table(c, timing.in_process(
                 __file__, c | dict(kind="idle", folder=folder), c["ranks"]))
@@ -195,7 +262,7 @@ def measure(c: dict) -> dict:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=PARTS, help="one of the three")
+    parser.add_argument("--only", choices=PARTS, help="one of the four")
     for name, value in (SIZES | dict(rounds=11, ranks=0)).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--precision", default="bf16", help="of the engine that is synced")
@@ -205,7 +272,7 @@ def main(argv: list[str] | None = None):
     c["options"] = dict(token_budget=c.pop("token_budget"))
     if cell := c.pop("cell"):
         c = json.loads(cell)
-        timing.cell({"sync": sync, "idle": idle}[c["kind"]], c)
+        timing.cell({"sync": sync, "cut": cut, "idle": idle}[c["kind"]], c)
         return
     print(timing.machine(), *measure(c).values(), sep="\n\n")
 

@@ -20,7 +20,6 @@ import soak  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
 import timing  # noqa: E402
-from scaled import batches  # noqa: E402
 
 TINY = dict(layers=2, width=64, experts=8, top_k=2, expert_width=32, vocabulary=61)
 NUMBER = r"-?\d+\.\d+"
@@ -85,39 +84,40 @@ def test_what_routing_costs():
     assert first["tokens"] == P * G * T and first["bytes"] == P * G * T * 2 * 2
     assert first["again"] == P * (G - 1) * 5 * 2 * 2  # the prompt, once for each response but the first
     assert first["seconds"] > first["run"] > 0 and first["routes"] > 0
-    assert found["rollout"]["not captured"][0]["bytes"] == 0
+    assert first["sent"] == first["bytes"] and found["rollout"]["not captured"][0]["bytes"] == 0
+    assert found["rollout"]["captured again"][0]["again"] == first["again"]  # no prompt fills a block
     assert found["row"]["bytes"] == found["row"]["formula"] == 33 * 4 * 2
     text = routing.table(c, found)
-    for line in ("routes captured / not", "replayed / recorded"):
+    for line in ("routes captured / not", "those of a prefix once / each time", "replayed / recorded"):
         assert re.search(rf"{line} +{NUMBER} \[", text)
-    assert f"bytes a token: 4 by L · A, 4.0 measured; {2 * 5 / 24:.1%} are those" in text
+    assert f"bytes a token: 4 by L · A, 4.0 measured; 100.0% come from vLLM, {2 * 5 / 24:.1%} are of a prompt" in text
     assert "a row of 33 tokens, 4 layers, 2 of 8 experts: 0.00 MB" in text
 
 
 # -------------------------------------------------------------------------------------------- step
-def slow_padding(lengths, budget):
-    """Positions of every pass of every rank, one by one."""
-    parts = [batches.micro_batches(rows, budget) for rows in lengths]
-    passes = max(map(len, parts))
+def slow_padding(lengths, sizes):
+    """Positions of every row of every rank, one by one, in passes of so many rows, the longest first."""
     nothing = fed = waited = whole = 0
-    for n in range(passes):
-        sizes = []
-        for rows, of in zip(lengths, parts):
-            part = [rows[i] - 1 for i in of[n]] if n < len(of) else []
-            positions = sum(max(part) for _ in part) if part else 1
+    left = [sorted(rows) for rows in lengths]
+    for n in sizes:
+        positions = []
+        for rows in left:
+            part = [rows.pop() - 1 for _ in range(n)]
+            positions.append(sum(max(part) for _ in part))
             fed += sum(part)
-            nothing += positions - sum(part)
-            sizes.append(positions)
-        waited += sum(max(sizes) - size for size in sizes)
-        whole += max(sizes) * len(sizes)
-    return nothing / (nothing + fed), waited / whole, passes
+            nothing += positions[-1] - sum(part)
+        waited += sum(max(positions) - size for size in positions)
+        whole += max(positions) * len(positions)
+    assert not any(left)
+    return nothing / (nothing + fed), waited / whole, len(sizes)
 
 
 def test_padding_and_waiting_by_counting():
-    drawn = torch.randint(2, 30, (3, 7), generator=torch.Generator().manual_seed(1)).tolist()
-    for lengths, budget in (([[5, 5]], 10), ([[9, 2, 2], [3, 3, 3]], 9), (drawn, 31), (drawn, 200)):
+    for lengths, budget, sizes in (([[5, 5]], 10, [2]), ([[9, 2, 2], [3, 3, 3]], 9, [1, 2]),
+                                   ([[9, 9, 2], [8, 3, 3]], 99, [3]), ([[30, 29, 9], [30, 28, 9]], 60, [2, 1]),
+                                   ([[3000, 3000, 900], [2900, 2900, 9]], 10**5, [2, 1])):
         found = step.padding(lengths, budget)
-        assert tuple(found.values()) == pytest.approx(slow_padding(lengths, budget))
+        assert tuple(found.values()) == pytest.approx(slow_padding(lengths, sizes))
     assert step.padding([[5, 5]], 10) == dict(padding=0, waiting=0, passes=1)
 
 
@@ -134,16 +134,33 @@ def test_a_step_by_its_parts(tmp_path):
                    max_response=8)
     c = TINY | dict(rounds=1, ranks=0, precision="fp32", only=None, options=options)
     text = step.measure(c)
-    assert list(text) == ["sync", "padding", "idle"]
+    assert list(text) == ["sync", "padding", "cut", "idle"]
     parameters = 2 * 61 * 64 + 64 + 2 * (2 * 64 + 2 * 32 + 64 * (64 + 2 * 32 + 64) + 8 * 64 + 8 * 3 * 64 * 32)
     assert f"sync of {4 * parameters / 1e6:.0f} MB of fp32 weights, {2 * (8 + 1 + 8 * 3) + 3} published" in text["sync"]
     shares = [float(x) for x in re.findall(rf"({NUMBER})%(?: of the sync)?$", text["sync"], re.MULTILINE)]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert re.search(rf"1 ranks, [678]\.\d% padding in one pass\n.* {NUMBER} \[.* {NUMBER} \[", text["cut"])
     assert text["padding"].count("\n") == 3 * len(step.RECIPES)
     phases = dict(re.findall(rf"^  ([a-z ]+?) +({NUMBER}) s", text["idle"], re.MULTILINE))
     assert phases.keys() == {"reward", "rollout", "old", "train", "sync", "between phases"}
     whole = float(re.search(rf": ({NUMBER}) s", text["idle"])[1])
     assert sum(map(float, phases.values())) == pytest.approx(whole, abs=0.01)
+
+
+def test_sync_on_two_ranks_stands_beside_one(monkeypatch):
+    """Processes in turn, each with half of the rounds: 1, 2, 2, 1 ranks."""
+    asked, arms = [], ("copy", "gather", "publish", "sync", "wall")
+
+    def in_process(script, setting, ranks):
+        asked.append((ranks, setting["rounds"]))
+        return {name: [ranks * (i + len(asked) // 4 + 1.0) for i in (0, 1)] for name in arms} | dict(bytes=ranks)
+
+    monkeypatch.setattr(timing, "in_process", in_process)
+    found, line = step.sync_beside(dict(ranks=2, rounds=4))
+    assert asked == [(1, 2), (2, 2), (2, 2), (1, 2)] and found["bytes"] == 2 and found["sync"] == [2, 4, 2, 4]
+    assert "2 ranks / 1 rank: rank 0's own time 1.667 [1.000, 2.000]" in line  # 2/1, 4/2, 2/2, 4/3
+    asked.clear()
+    assert step.sync_beside(dict(ranks=0, rounds=4))[1] == "" and asked == [(0, 4)]
 
 
 # ------------------------------------------------------------------------------------------- saves

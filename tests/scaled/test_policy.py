@@ -171,7 +171,7 @@ def train(rank, world, folder):
     size = 6 // world
     rollout = whole.split(size)[rank]
     passes = equal_passes(rollout.lengths.tolist(), 45, "cpu")
-    assert len(passes) == {1: 4, 2: 3}[world] and (rank == 0 or passes[1:] == [[], []])
+    assert len(passes) == {1: 4, 2: 3}[world]  # those of the rank with long rows
     for name, (changes, family) in VARIANTS.items():
         policy = load_policy(folder / family, **PLAIN | changes)
         before = whole_weights(policy)

@@ -77,6 +77,44 @@ def test_logprobs_and_routes_are_those_of_transformers(engine, model):
                            routes.long().sort().values)
 
 
+def test_routes_of_a_shared_prefix_come_once(engine, monkeypatch):
+    """The rollout's routes are those that vLLM gives without being told to leave any out."""
+    assert engine.block == 128
+    first = [(5 * i) % 53 for i in range(300)]
+    prompts = [first[:270], first[:129] + [4] * 40, first[:100], [3, 4]]
+    starts, received, run = [], [], Engine.run
+
+    def counted(self, prompts, params):
+        outputs = run(self, prompts, params)
+        starts.append([p.routed_experts_prompt_start for p in params])
+        received.append([len(output.outputs[0].routed_experts) for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(Engine, "run", counted)
+    once = generate(engine, prompts)
+    assert engine.block == 128 and starts == [[0, 256, 256, 128, 128, 128] + [0] * 6]
+    monkeypatch.setattr(engine, "block", 0)
+    engine.llm.reset_prefix_cache()
+    again = generate(engine, prompts)
+    assert torch.equal(once.tokens, again.tokens) and torch.equal(once.routing, again.routing)
+    assert starts[1] == [0] * 12
+    assert [b - a for a, b in zip(*received)] == starts[0]
+
+
+def test_a_prefix_that_was_computed_again_ends_the_sharing(engine, monkeypatch):
+    run = Engine.run
+
+    def forgetful(self, *args):
+        outputs = run(self, *args)
+        outputs[1].num_cached_tokens = 127
+        return outputs
+
+    monkeypatch.setattr(Engine, "run", forgetful)
+    monkeypatch.setattr(engine, "block", engine.block)
+    generate(engine, [list(range(50)) * 3])
+    assert engine.block == 0
+
+
 def test_padding_spreads_valid_routes(engine):
     rollout = generate(engine)
     padding = rollout.routing[~rollout.fed]
