@@ -3,7 +3,7 @@ import torch
 
 from nano_moe_rl import DEVICE
 from scaled.families import knows, moe_layers
-from scaled.vllm_internals import register_rounded_experts
+from scaled.vllm_faults import register_rounded_experts
 
 ROUTERS = r"re:.*\.(gate|router)$"  # never quantised
 PRECISIONS = ("bf16", "fp32", "fp8", "int8")

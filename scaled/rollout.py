@@ -19,7 +19,7 @@ from scaled.families import knows, moe_layers, route_shape
 from scaled.huggingface import published_names
 from scaled.quantisation import quantisation
 from scaled.replay import check_routes
-from scaled.terminal import bar, err
+from scaled.terminal import bar, err, say
 from scaled.vllm_internals import (
     VLLM, block_of_cache, check_served, check_vllm, options_for, set_environment, shut_down)
 
@@ -146,8 +146,10 @@ class Engine:
             temperature=self.temperature, top_p=top_p, max_tokens=max_response, logprobs=0,
             stop_token_ids=self.eos, seed=seeds.getrandbits(62), flat_logprobs=True,
             detokenize=False, routed_experts_prompt_start=start) for start in shared])
-        if any(output.num_cached_tokens < start for output, start in zip(outputs, shared)):
-            self.block = 0  # some prefix was computed again: from now on all routes are asked for
+        if again := sum(output.num_cached_tokens < n for output, n in zip(outputs, shared)):
+            self.block = 0
+            say(f"{again} of {len(prompts)} times the engine computed a shared prefix anew: those routes"
+                " are of the first time; from now on every response brings all of its own", err())
         rows, logprobs, routes = [], [], []
         for i, (prompt, output) in enumerate(zip(prompts, outputs)):
             answer = output.outputs[0]

@@ -101,7 +101,7 @@ def test_routes_of_a_shared_prefix_come_once(engine, monkeypatch):
     assert [b - a for a, b in zip(*received)] == starts[0]
 
 
-def test_a_prefix_that_was_computed_again_ends_the_sharing(engine, monkeypatch):
+def test_a_prefix_that_was_computed_again_ends_the_sharing(engine, monkeypatch, capsys):
     run = Engine.run
 
     def forgetful(self, *args):
@@ -112,7 +112,10 @@ def test_a_prefix_that_was_computed_again_ends_the_sharing(engine, monkeypatch):
     monkeypatch.setattr(Engine, "run", forgetful)
     monkeypatch.setattr(engine, "block", engine.block)
     generate(engine, [list(range(50)) * 3])
-    assert engine.block == 0
+    assert engine.block == 0 and "1 of 3 times the engine computed a shared prefix anew" in capsys.readouterr().err
+    monkeypatch.setattr(Engine, "run", run)
+    generate(engine, [list(range(50)) * 3])
+    assert capsys.readouterr().err == ""
 
 
 def test_padding_spreads_valid_routes(engine):
