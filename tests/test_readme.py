@@ -37,7 +37,7 @@ def test_every_dial_it_names_is_an_option():
 
 def test_pictures_exist():
     paths = re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         assert (ROOT / path).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
 
