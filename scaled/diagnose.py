@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nano_moe_rl import command_line
 from scaled.config import Config
+from scaled.pictures import check_picture
 
 # Those of the configuration that matter here; all else is at its default.
 OPTIONS = ("seed", "trust_remote_code", "prompt_column", "chat", "system", "max_prompt",
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None) -> tuple[Config, dict]:
     parser.add_argument("--count", type=int, help="prompts that are sampled, the first [16]")
     parser.add_argument("--json", action="store_true", help="all numbers, for machines")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the gap")
-    given = dict(precision="bf16", prompts="", count=16, json=False, picture="") | DEFAULTS | vars(
+    given = dict(precision="bf16", prompts="", count=16, json=False, picture=None) | DEFAULTS | vars(
         parser.parse_args(argv))
     alone = {name: given.pop(name) for name in ("prompts", "count", "json", "picture")}
     c = Config(name="diagnose", checkpoint=given.pop("model"), answer_column="", replay="none",
@@ -46,8 +47,7 @@ def parse(argv: list[str] | None) -> tuple[Config, dict]:
                rollout_precision=given.pop("precision"), gradient_checkpointing=False, **given)
     if alone["count"] < 1:
         raise ValueError(f"--count {alone['count']}: give 1 or more")
-    if alone["picture"] and not Path(alone["picture"]).absolute().parent.is_dir():
-        raise ValueError(f"--picture {alone['picture']}: there is no such folder; make it")
+    check_picture(alone["picture"])
     return c, alone
 
 

@@ -10,7 +10,6 @@ the same problems and seeds; processes share out the problems.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from itertools import combinations
@@ -19,6 +18,7 @@ from pathlib import Path
 from nano_moe_rl import check, command_line
 from scaled.config import Config
 from scaled.models import Model, Options, as_folder, config_of, find, options_of, read_problems
+from scaled.pictures import check_new, check_picture
 from scaled.ranks import RANK, WORLD, Ranks, refuse
 
 BATCH = 4096  # responses that an engine is asked for at once: their tokens are kept until then
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     out, picture, as_json = (given.pop(name, None) for name in ("out", "picture", "json"))
     try:
         Options(**{name: value for name, value in given.items() if name != "model"})
-        check_files(out, picture)
+        check_new("out", out)
+        check_picture(picture)
         if not (names := given.pop("model", None)):
             raise ValueError("--model: give a Hugging Face folder or a checkpoint of a run, such "
                              "as runs/NAME or runs/NAME@UPDATE")
@@ -155,19 +156,6 @@ def main(argv: list[str] | None = None) -> int:
         ranks.fail(f"rank {RANK}: {type(error).__name__}: {error}", 1, error)
     ranks.end()
     return 0
-
-
-def check_files(out: str | None, picture: str | None):
-    """ValueError for what cannot be written, or is there already."""
-    for name, path in (("out", out), ("picture", picture)):
-        if path is None:
-            continue
-        if os.path.lexists(path):
-            raise ValueError(f"--{name} {path}: exists; give a new file")
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"--{name} {path}: {Path(path).parent} is no folder; make it first")
-    if picture is not None and not picture.endswith(".png"):
-        raise ValueError(f"--picture {picture}: give a name that ends in .png")
 
 
 if __name__ == "__main__":

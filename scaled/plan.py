@@ -16,6 +16,7 @@ from inspect import getdoc
 from nano_moe_rl import command_line
 from scaled.config import Config, read_config
 from scaled.machine import Machine
+from scaled.pictures import check_picture, draw_plan
 
 WIDE = 110  # columns, from which on each line has its formula beside it
 
@@ -222,15 +223,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="TOML file of the run's options")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     parser.add_argument("--explain", action="store_true", help="the formula of each line")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw memory and seconds")
     given = vars(parser.parse_args(argv))
     own = {f.name: given.pop(f.name) for f in fields(Machine) if f.name in given}
     if given.pop("explain", False):
         print(explain())
         return 0
-    path, to_json = given.pop("config", None), given.pop("json", False)
+    path, to_json, picture = (given.pop(name, None) for name in ("config", "json", "picture"))
     try:
         if path is None:
             raise ValueError("give --config FILE; scaled/configs has examples")
+        check_picture(picture)
         plan, rates = make_plan(read_config(path, given), Machine(**own))
     except ValueError as error:
         refuse(str(error))
@@ -238,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(as_json(plan, rates), indent=2))
     else:
         print(report(plan, rates, shutil.get_terminal_size().columns))
+    if picture:
+        draw_plan(plan, picture)
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python -m scaled.watch runs/laptop                                    # its events, and a table
     python -m scaled.watch runs/run-1 runs/run-2 --json                   # for machines
+    python -m scaled.watch runs/laptop --picture rules.png
     python -m scaled.watch --recorded tutorials/results/core.jsonl        # do they warn in time?
 """
 
@@ -11,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from scaled.pictures import check_picture, draw_watched
 from scaled.rules import NAMES, RULES, events, unjudged
 
 
@@ -124,10 +126,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="runs of tutorials/figures: failures warned of, and false alarms")
     parser.add_argument("--rules", action="store_true", help="the rules and their sources")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw when which rule began to hold")
     given = parser.parse_args(argv)
     if bool(given.runs) + bool(given.recorded) + given.rules != 1:
         refuse("give folders of runs, or --recorded FILE, or --rules")
     try:
+        check_picture(given.picture)
+        if given.picture and not given.runs:
+            raise ValueError(f"--picture {given.picture}: is of runs; give their folders")
         if given.rules:
             said = rules_json() if given.json else rules_table()
         elif given.recorded:
@@ -137,6 +143,9 @@ def main(argv: list[str] | None = None) -> int:
             watched = {str(folder): watch(folder) for folder in given.runs}
             said = json.dumps(watched, indent=1) if given.json else "\n\n".join(
                 f"{folder}\n{text(found)}" for folder, found in watched.items())
+            if given.picture:
+                draw_watched({str(folder): (read_run(folder)[0], watched[str(folder)])
+                              for folder in given.runs}, given.picture)
     except ValueError as error:
         refuse(str(error))
     print(said)

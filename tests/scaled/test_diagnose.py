@@ -218,9 +218,12 @@ def test_the_command_on_two_ranks(tmp_path):
 
 @pytest.mark.parametrize("argv, line", [
     ("--model absent", "--model absent: .*"),
-    ("--model runs/a", "--model runs/a: is a run; python -m scaled.export runs/a DIR makes a Hugging Face folder of it"),
+    ("--model runs/a",
+     "--model runs/a: is a run; python -m scaled.export runs/a DIR makes a Hugging Face folder of it"),
     ("--model runs/a --count 0", "--count 0: give 1 or more"),
-    ("--model runs/a --picture no/gap.png", "--picture no/gap.png: there is no such folder; make it"),
+    ("--model runs/a --picture no/gap.png", "--picture no/gap.png: no is no folder; make it first"),
+    ("--model runs/a --picture gap.pdf", "--picture gap.pdf: give a name that ends in .png"),
+    ("--model runs/a --picture runs/a", "--picture runs/a: exists; give a new file"),
     ("--model runs/a --max-response 0", "--max-response 0: give 1 to .*"),
 ])
 def test_refusals_name_the_option_that_was_given(folder, argv, line):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nano_moe_rl as nano
-from scaled import plan
+from scaled import pictures, plan
 from scaled.choices import compare, fitting, remedies, savings, varied
 from scaled.config import Config, read_config
 from scaled.export import export_nano
@@ -84,6 +84,33 @@ def test_help_needs_neither_transformers_nor_vllm():
     assert not {f.name for f in fields(Config)} & {f.name for f in fields(Machine)}
 
 
+@pytest.mark.parametrize("gpus", ["8", "2"])
+def test_the_picture_has_the_numbers_of_the_tables(capsys, folder, monkeypatch, gpus):
+    figures, make = [], pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda size: figures.append(make(size)) or figures[-1])
+    argv = "--config", NODE, "--gpus", gpus, "--gpu", "h200", "--no-cpu-offload"
+    numbers = json.loads(said(capsys, *argv, "--json", "--picture", "plan.png"))
+    assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG\r\n")
+    memory, seconds = figures[0].axes
+    moments = [text.get_text() for text in memory.get_xticklabels()]
+    assert moments == [*numbers["gpu_totals"]]
+    for x, moment in enumerate(moments):
+        tops = [bar.get_y() + bar.get_height() for bar in memory.patches
+                if round(bar.get_x() + bar.get_width() / 2) == x]
+        assert max(tops) == pytest.approx(numbers["gpu_totals"][moment] / GIB)
+    limit, = memory.lines
+    assert limit.get_ydata()[0] == pytest.approx(numbers["gpu_limit"] / GIB)
+    assert {text.get_text() for text in memory.get_legend().get_texts()} - {*numbers["gpu_bytes"]} == {"h200: 139.81"}
+    if numbers["faults"]:  # its seconds would be those of no run
+        assert [text.get_text() for text in seconds.texts] == ["It does not fit."]
+    else:
+        assert [bar.get_width() for bar in seconds.patches] == pytest.approx([*numbers["seconds"].values()])
+    assert bool(numbers["faults"]) == (gpus == "2")
+    with pytest.raises(SystemExit):  # nothing is written over
+        plan.main([*argv, "--picture", "plan.png"])
+    assert "--picture plan.png: exists; give a new file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, line", [
     ([], "give --config FILE"),
     (["--config", "nowhere.toml"], "--config nowhere.toml: there is no such file"),
@@ -98,6 +125,7 @@ def test_help_needs_neither_transformers_nor_vllm():
     (["--config", NODE, "--model", "Qwen3"], "--model Qwen3: has no config.json; give --model the folder of one, or"),
     (["--config", NODE, "--checkpoint", "there"], "--checkpoint there: has no config.json"),
     (["--config", NODE, "--max-response", "60000", "--token-budget", "70000"], "exceeds the checkpoint's context"),
+    (["--config", NODE, "--picture", "plan.svg"], "--picture plan.svg: give a name that ends in .png"),
     (["--config", NODE, "--metrics", "none.jsonl"], "--metrics none.jsonl: config.json does not say what was run")],
     ids=lambda x: " ".join(x[2:]) if isinstance(x, list) else "")
 def test_what_is_refused_in_one_line(capsys, folder, argv, line):

@@ -20,8 +20,8 @@ ROOT = Path(nano.__file__).parent
 LAPTOP = str(ROOT / "scaled/configs/laptop.toml")
 MORE = {"lr", "score", "score_errors", "loss", "missing_routes", "truncation_rate", "reward_errors", "reward_timeouts",
         "sync_difference", "response_sample_size", "staleness", "stale_responses", "weight_truncated_fraction",
-        "equal_groups", "peak_memory_gib",
-        "tokens_per_second_per_device", "rollout_seconds", "reward_seconds", "old_seconds", "train_seconds", "sync_seconds"}
+        "equal_groups", "peak_memory_gib", "tokens_per_second_per_device", "rollout_seconds", "reward_seconds",
+        "old_seconds", "train_seconds", "sync_seconds"}
 METRICS = NANO_METRICS | MORE
 TIMED = {"seconds", "peak_memory_gib", "tokens_per_second_per_device"}
 
@@ -193,7 +193,8 @@ def test_a_report_has_the_run(folder, monkeypatch, capsys):
     assert report.main(["runs/whole", "--json"]) == 0
     told, = json.loads(capsys.readouterr().out)["runs"]
     rows = metrics(folder, "whole")
-    assert told["updates"] == 24 and told["last_score"] == rows[-1]["score"] and told["last_reward"] == rows[-1]["reward"]
+    assert told["updates"] == 24
+    assert told["last_score"] == rows[-1]["score"] and told["last_reward"] == rows[-1]["reward"]
     assert [(x["update"], x["mode"]) for x in told["routes"]] == [
         (update, mode) for update in (4, 24) for mode in ("none", "R2", "R3")]
     assert [x["other_experts"] for x in told["routes"][2::3]] == [0, 0]

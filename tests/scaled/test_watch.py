@@ -10,7 +10,7 @@ from scipy import stats
 import nano_moe_rl as nano
 import scaled
 from figures import outcomes, runner
-from scaled import rules, watch
+from scaled import pictures, rules, watch
 from scaled.recorded import curves, summary, text
 
 ROOT = Path(nano.__file__).parent
@@ -101,12 +101,37 @@ def test_arguments_that_say_nothing_or_two_things_are_refused(capsys, argv):
             *argv)
 
 
+def test_a_picture_is_of_runs(tmp_path, capsys):
+    refused(capsys, "rules.png: is of runs; give their folders", "--rules", "--picture", tmp_path / "rules.png")
+    refused(capsys, "no is no folder; make it first", "runs/a", "--picture", tmp_path / "no/rules.png")
+
+
 def refused(capsys, line, *argv):
     with pytest.raises(SystemExit) as end:
         watch.main([*map(str, argv)])
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == "" and err.count("\n") == 1 and len(err) < 400
     assert err.startswith("scaled: ") and line in err and "\x1b" not in err
+
+
+def test_the_picture_has_a_dot_where_a_rule_began_to_hold(tmp_path, capsys, monkeypatch):
+    figures, make = [], pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda size: figures.append(make(size)) or figures[-1])
+    rows = [{"update": i, "mismatch_kl": 0.01 if i < 17 else 0.04, "reward": i / 40, "score": None}
+            for i in range(1, 41)]
+    back = {"update": 60, "act": "back", "to": 16, "change": {}}
+    runs = [write_run(tmp_path / "a$", rows, acts=[back]), write_run(tmp_path / "b", rows[:16])]
+    ask(capsys, *runs, "--picture", tmp_path / "rules.png")
+    assert (tmp_path / "rules.png").read_bytes().startswith(b"\x89PNG\r\n")
+    curves, others, dots, none = figures[0].axes
+    assert curves.lines[0].get_xydata().tolist() == [[row["update"], row["reward"]] for row in rows]
+    assert [line.get_label() for line in curves.lines] == ["reward", "back"]
+    assert len(others.lines) == 1 and not none.lines
+    found = watch.watch(runs[0])["events"]
+    assert found and [line.get_xydata().tolist() for line in dots.lines] == [
+        points for event in found for place in [rules.NAMES.index(event["rule"])]
+        for points in ([[event["since"], place], [event["update"], place]], [[event["update"], place]])]
+    assert [text.get_text() for text in dots.get_yticklabels()] == list(rules.NAMES)
 
 
 def test_help_answers_without_what_is_slow():
