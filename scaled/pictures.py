@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-GIB = 2**30
-
 
 def check_new(option: str, path: str | None):
     """ValueError for a file that cannot be written, or is there already; None is fine."""
@@ -29,6 +27,8 @@ def new_figure(size: tuple[float, float]):
 def draw_plan(plan, path: str):
     """GiB of a GPU at each moment, line on line, under what it has; seconds of an update by phase,
     which a run that does not fit has not."""
+    from scaled.memory import GIB
+
     figure = new_figure((13, 5))
     memory, seconds = figure.subplots(1, 2, width_ratios=(3, 2))
     moments = [*plan.memory.totals()]

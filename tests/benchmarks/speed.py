@@ -3,6 +3,7 @@
     python tests/benchmarks/speed.py                 # fp32, bf16, fp8 rollouts with fp32 training
     python tests/benchmarks/speed.py --trl           # and TRL's GRPOTrainer, in turn with ours
     python tests/benchmarks/speed.py --trl PYTHON    # with an interpreter that has PACKAGES
+    python tests/benchmarks/speed.py --compile       # attention by torch.compile, which needs g++
 
 256 responses an update, 16 each to 16 prompts: 9 tokens of prompt, 11 of response, on-policy.
 Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is asserted.
@@ -10,6 +11,7 @@ Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is assert
 import argparse, subprocess, venv  # noqa: E401
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -82,6 +84,29 @@ def shared_positions(c: Config) -> str:
     pasts = {tuple(row[:t + 1]) for row in batch.tokens[:, :-1].tolist() for t in range(len(row))}
     return f"{len(pasts)} of {batch.fed.sum()} fed positions have a past of their own"
 
+def compiled_attention(rounds: int = 15) -> str:
+    """Train steps with attention compiled and without, in turn. The experts stay as they are: dynamo
+    of torch 2.13 cannot trace F.grouped_mm in fp32."""
+    c = benchmark_config()
+    models = {name: Model(c, ENDLESS) for name in ("eager", "compiled")}
+    for layer in models["compiled"].layers:
+        layer.self_attn.compile(dynamic=True)
+    batch = InferenceEngine(models["eager"], "fp32").generate(
+        *make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
+        torch.Generator(DEVICE).manual_seed(2))
+    batch.rewards = (batch.tokens[:, -1] < 5).float()
+    batch.advantages = group_advantages(batch.rewards, GROUP)
+
+    def arm(model, optimizer):
+        began = clock()
+        train_step(model, optimizer, batch)
+        return clock() - began
+
+    found = timing.turns({name: partial(arm, model, adamw(model, 1e-6))
+                          for name, model in models.items()}, rounds, WARM_UP)
+    return "attention compiled / not, a train step: " + timing.shown(
+        timing.ratio(found["compiled"], found["eager"]))
+
 def trl_python(python: str) -> str:
     """The interpreter given, or one in .venv-trl/: TRL's packages stay out of this environment."""
     folder = ROOT / ".venv-trl"
@@ -115,9 +140,12 @@ def measure(python: str | None) -> tuple[dict, dict, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trl", nargs="?", const="", metavar="PYTHON", help="compare with TRL")
-    trl, c = parser.parse_args().trl, benchmark_config()
-    python = None if trl is None else trl_python(trl)
+    parser.add_argument("--compile", action="store_true", help="compare with torch.compile")
+    given, c = parser.parse_args(), benchmark_config()
+    python = None if given.trl is None else trl_python(given.trl)
     print(timing.machine())
+    if given.compile:
+        return print(compiled_attention())
     parameters = sum(p.numel() for p in Model(c).parameters())
     gflop = update_gflop(c)
     print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")

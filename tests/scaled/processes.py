@@ -62,9 +62,14 @@ def prepare(folder, **options):
 def start(folder, module, *argv, ranks=2, **environment):
     """A module under torchrun, or with ranks=0 without it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    return launch(folder, [*torchrun, "-m", module, *argv], **environment)
+
+
+def launch(folder, argv, **environment):
+    """Python with these arguments, as finish, family and kill want it."""
     mark = f"{os.getpid()}-{next(starts)}"
     process = subprocess.Popen(
-        [sys.executable, *torchrun, "-m", module, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
+        [sys.executable, *map(str, argv)], cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1", MARK: mark} | environment)
     process.mark = mark

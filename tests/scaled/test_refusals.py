@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nano_moe_rl as nano
-from processes import finish
+from processes import finish, launch
 from scaled import train
 from scaled.run import Run
 from scaled.config import Config, read_config
@@ -227,11 +227,9 @@ def test_a_port_in_use_ends_at_once(tmp_path, launcher):
         taken.listen()
         port = str(taken.getsockname()[1])
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", port]
-        process = subprocess.Popen(
-            [sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "scaled.train", "--config",
-             LAPTOP], cwd=tmp_path, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | dict(PYTHONPATH=str(ROOT)) | (dict(
-                RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if launcher == "none" else {}))
+        by_hand = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        process = launch(tmp_path, [*(torchrun if launcher == "torchrun" else []), "-m", "scaled.train", "--config",
+                                    LAPTOP], **(by_hand if launcher == "none" else {}))
         code, out, err = finish(process, 60)
     assert code != 0 and not (tmp_path / "runs").exists()
     if launcher == "torchrun":
