@@ -10,6 +10,7 @@ from saving import change, plant, run, saved, texts, trainer, values  # noqa: F4
 
 from scaled import checkpoint
 
+
 def test_a_checkpoint_holds_weights_moments_options_and_rows(saved, run):
     policy, optimizer = trainer(saved[0] / "hf")
     for version, path in zip((4, 8), checkpoint.checkpoints(run), strict=True):

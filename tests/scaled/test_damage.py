@@ -13,6 +13,7 @@ import nano_moe_rl as nano
 from scaled import checkpoint
 from scaled.export import export_nano
 
+
 def cut(path, part=0.5):
     data = path.read_bytes()
     path.write_bytes(data[:int(len(data) * part)])

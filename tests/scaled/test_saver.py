@@ -11,6 +11,7 @@ from saving import change, saved, texts, trainer, values  # noqa: F401
 from scaled import checkpoint
 from scaled.saver import Saver
 
+
 def train_on(rank, world, folder):
     """Weights and moments change, with collectives, while a checkpoint of what they were is written."""
     join_group(rank, world, folder)

@@ -146,7 +146,7 @@ BLOCKS = [  # in the order in which they are run
           + cells(["long router, 1,024 updates"], [1], ["none", "R3"])
           + cells(["long int4, 1,024 updates"], [1], ["none", "no IS"])
           + cells(["long fp8, 1,024 updates"], [MUCH], ["none", "none, no clip"]), FOUR,
-          "one of each kind over 1,024 updates of prompts that do not saturate"),
+          "one of each kind over 1,024 updates of the longest prompts"),
     Block("other corrections to sixteen seeds",
           cells(["router"], [1], ["no IS"]) + cells(["router"], [LITTLE], ["R2"]), SIXTEEN, "as the primary cells"),
     Block("crossings", cells(["fp32", "mild", "noise .5", "router"], [1, 2, LITTLE, MUCH], ["none", "R2", "R3"])
