@@ -72,10 +72,9 @@ def check_row(row: dict, where: str):
             raise ValueError(f"{where}: {name} is no number; give the file as a run left it")
 
 
-def watch(folder: Path) -> dict:
-    """The events of a run, what it did about some of them, and of each rule how many there were,
-    the update of the first, and why it could not be applied. ValueError for what is no run."""
-    rows, N, acts = read_run(folder)
+def watch(rows: list[dict], N: int, acts: list[dict]) -> dict:
+    """Of what read_run gives: the events of a run, what it did about some of them, and of each rule
+    how many there were, the update of the first, and why it could not be applied."""
     found, reasons = events(rows, N), unjudged(rows, N)
     updates = {name: [event.update for event in found if event.rule == name] for name in NAMES}
     return {"events": [asdict(event) | {"text": str(event)} for event in found], "acts": acts,
@@ -140,12 +139,13 @@ def main(argv: list[str] | None = None) -> int:
             from scaled.recorded import report
             said = report(given.recorded, given.json)
         else:
-            watched = {str(folder): watch(folder) for folder in given.runs}
+            runs = {str(folder): read_run(folder) for folder in given.runs}
+            watched = {folder: watch(*run) for folder, run in runs.items()}
             said = json.dumps(watched, indent=1) if given.json else "\n\n".join(
                 f"{folder}\n{text(found)}" for folder, found in watched.items())
             if given.picture:
-                draw_watched({str(folder): (read_run(folder)[0], watched[str(folder)])
-                              for folder in given.runs}, given.picture)
+                draw_watched({folder: (run[0], watched[folder]) for folder, run in runs.items()},
+                             given.picture)
     except ValueError as error:
         refuse(str(error))
     print(said)

@@ -44,7 +44,7 @@ def test_a_run_of_the_single_file_is_read(finished, capsys):
 def test_the_score_is_that_of_the_engine(tmp_path):
     def scored(i):
         return {"update": 40 * i, "score": 0.9, "engine_score": 0.5 if i < 8 else 0.2}
-    found = watch.watch(write_run(tmp_path / "run", [scored(i) for i in range(10)]))
+    found = watch.watch(*watch.read_run(write_run(tmp_path / "run", [scored(i) for i in range(10)])))
     assert [(event["rule"], event["update"], event["since"]) for event in found["events"]] == [
         ("score_falls", 320, 281)]
 
@@ -127,7 +127,7 @@ def test_the_picture_has_a_dot_where_a_rule_began_to_hold(tmp_path, capsys, monk
     assert curves.lines[0].get_xydata().tolist() == [[row["update"], row["reward"]] for row in rows]
     assert [line.get_label() for line in curves.lines] == ["reward", "back"]
     assert len(others.lines) == 1 and not none.lines
-    found = watch.watch(runs[0])["events"]
+    found = watch.watch(*watch.read_run(runs[0]))["events"]
     assert found and [line.get_xydata().tolist() for line in dots.lines] == [
         points for event in found for place in [rules.NAMES.index(event["rule"])]
         for points in ([[event["since"], place], [event["update"], place]], [[event["update"], place]])]

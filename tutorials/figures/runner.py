@@ -35,13 +35,19 @@ def start_config(c: nano.Config) -> nano.Config:
     return nano.Config(name="start", **{name: getattr(c, name) for name in names})
 
 
-def cold_start(start: nano.Config, quick: bool = False) -> Path:
+def task(symbols: int) -> nano.Task:
+    """The running sum over a vocabulary of so many symbols: those beyond its own 13 are never right."""
+    others = map(chr, range(0x4E00, 0x4E00 + symbols - len(nano.VOCABULARY)))
+    return replace(nano.RUNNING_SUM, vocabulary=nano.VOCABULARY + "".join(others))
+
+
+def cold_start(start: nano.Config, quick: bool = False, symbols: int = len(nano.VOCABULARY)) -> Path:
     """A file: weights whose score lies in START_RANGE, the score, the updates. It is the single file's cold start,
     with half as many updates more while it has not learned, a fifth fewer while it has learned too much."""
-    path = STARTS / f"{hashlib.sha1(f'{start} {REVISION}'.encode()).hexdigest()[:16]}.pt"
+    path = STARTS / f"{hashlib.sha1(f'{start} {symbols} {REVISION}'.encode()).hexdigest()[:16]}.pt"
     steps, scores, (low, high) = start.cold_start_steps, [], START_RANGE
     while not path.exists():
-        model = nano.cold_start(replace(start, cold_start_steps=steps))
+        model = nano.cold_start(replace(start, cold_start_steps=steps), task(symbols))
         scores.append(nano.sample(nano.InferenceEngine(model, "fp32"), 1024, 1, 2**61).rewards.mean().item())
         if quick or low <= scores[-1] <= high:
             buffer = io.BytesIO()
@@ -71,8 +77,8 @@ def replay_the_response(model, batch, prepare_batch=nano.prepare_batch):
 def run(cell: Cell, seed: int, quick: bool = False) -> dict:
     """RL of one cell and seed, from its cold start -> what the results keep of it."""
     began, c = time.perf_counter(), cell.config(seed, quick)
-    state, start, steps = torch.load(cold_start(start_config(c), quick))
-    model = nano.Model(c)
+    state, start, steps = torch.load(cold_start(start_config(c), quick, cell.symbols))
+    model = nano.Model(c, task(cell.symbols))
     model.load_state_dict(state)
     torch.manual_seed(seed)  # of `random drop`; all else has generators of its own
     if cell.method == "frozen router":
@@ -123,10 +129,11 @@ def run_blocks(blocks: list[Block], path: Path, jobs: int, quick: bool = False):
         for block in blocks:
             seeds = block.seeds[:1] if quick else block.seeds
             todo = [[(cell, seed) for cell in block.cells if (cell.key, seed) not in done] for seed in seeds]
-            starts = [list({start_config(cell.config(seed, quick)): None for cell, seed in runs}) for runs in todo]
-            futures = [pool.submit(cold_start, start, quick) for start in starts[0]]
+            starts = [list({(start_config(cell.config(seed, quick)), cell.symbols): None for cell, seed in runs})
+                      for runs in todo]
+            futures = [pool.submit(cold_start, start, quick, symbols) for start, symbols in starts[0]]
             for runs, following in zip(todo, [*starts[1:], []]):  # a seed's cold starts before the runs of the last
-                futures += [pool.submit(cold_start, start, quick) for start in following]
+                futures += [pool.submit(cold_start, start, quick, symbols) for start, symbols in following]
                 futures += [pool.submit(run, cell, seed, quick) for cell, seed in runs]
             for future in tqdm(as_completed(futures), block.name, len(futures), disable=None):
                 if isinstance(row := future.result(), dict):
