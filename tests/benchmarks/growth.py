@@ -39,9 +39,10 @@ TRAIN = {
     "budget": ((1024, 2048, 4096), "flat", "linear until one pass has all"),
     "ranks": ((1, 2), "half, and what ranks say to each other", "half: fewer rows than a pass holds")}
 ROLLOUT = {
-    "response": ((128, 256, 512), "linear, attention's square on top", "flat: the cache is there from the start"),
-    "vocabulary": ((1024, 8192, 50_257), "linear on top of the layers", "logits of one step: 3 MiB"),
-    "experts": ((8, 16, 32), "linear until a step reads all", "flat"),
+    "response": ((128, 256, 512, 1024, 2048, 4096), "linear, attention's square on top",
+                 "flat: the cache is there from the start"),
+    "vocabulary": ((1024, 8192, 50_257, 151_936), "linear on top of the layers", "logits of one step: 3 to 9 MiB"),
+    "experts": ((8, 16, 32, 64, 128), "linear until a step reads all", "flat"),
     "layers": ((2, 4, 8), "linear", "flat"),
     "responses": ((16, 32, 64), "less than linear: they share a step", "linear: what is returned")}
 SINGLE = {
