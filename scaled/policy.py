@@ -30,10 +30,11 @@ class Policy(nn.Module):
         self.model, self.logits_bytes = model, logits_bytes
         self.saved_dtype = torch.float32  # what save_pretrained writes
 
-    def forward(self, tokens: Tensor, fed: Tensor, temperature: float,
-                head: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, fed: Tensor, temperature: float, head: Tensor | None = None,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """tokens (B, T + 1), fed (B, T) bool, True where a token is fed, padding on the right ->
-        logprobs (B, T) of token t + 1, entropies (B, T), fp32; both are 0 on padding. head (V, D):
+        logprobs (B, T) of token t + 1, entropies (B, T), fp32. mask (B, T) bool: of which fed
+        positions, None: of all; both are 0 elsewhere, for the head is not asked there. head (V, D):
         a weight in place of the output head's. ValueError if padding is not on the right."""
         # No attention mask: no token looks to its right, where the padding is, and without one
         # attention needs no (T, T) tensor (but where it is eager, as gpt-oss's can be). So padding
@@ -44,11 +45,12 @@ class Policy(nn.Module):
             input_ids=tokens[:, :-1].masked_fill(~fed, 0), use_cache=False).last_hidden_state
         output = self.model.get_output_embeddings()
         weight = output.weight if head is None else head.to(output.weight)
+        mask = fed if mask is None else mask & fed
         logprobs, entropies = head_logprobs(
-            hidden[fed][None], weight, tokens[:, 1:][fed][None], temperature,
+            hidden[mask][None], weight, tokens[:, 1:][mask][None], temperature,
             self.logits_bytes, logits_scale(self.model.config), output.bias)
         blank = torch.zeros(fed.shape, device=fed.device)
-        return blank.masked_scatter(fed, logprobs), blank.masked_scatter(fed, entropies)
+        return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropies)
 
 def load_policy(folder, *, precision: str = "bf16", logits_bytes: int,
                 gradient_checkpointing: bool, cpu_offload: bool, experts: str = "grouped_mm",

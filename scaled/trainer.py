@@ -71,7 +71,7 @@ def prepare_batch(policy: "Policy", rollout: Rollout, c: Config) -> Rollout:
     for rows, part in passes(batch, c):
         given = part.replay if c.replay == "R3" else None
         with torch.no_grad(), routed(policy.model, given, part.fed) as routes:
-            logprobs, _ = policy(part.tokens, part.fed, c.temperature)
+            logprobs, _ = policy(part.tokens, part.fed, c.temperature, mask=part.mask)
         columns = logprobs.shape[1]
         old_logprobs[rows, :columns] = logprobs.cpu()
         if c.replay == "R2":
@@ -96,7 +96,7 @@ def train_step(policy: "Policy", optimizer: torch.optim.Optimizer, batch: Rollou
     sums, loss_sum = Sums(), torch.zeros((), device=DEVICE)
     for rows, part in passes(batch, c):
         with routed(policy.model, part.replay, part.fed) as routes:
-            logprobs, entropies = policy(part.tokens, part.fed, c.temperature)
+            logprobs, entropies = policy(part.tokens, part.fed, c.temperature, mask=part.mask)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             loss, gate = loss_fn(
                 logprobs, old, part.rollout_logprobs, part.advantages, part.mask,

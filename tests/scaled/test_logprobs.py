@@ -67,6 +67,15 @@ def test_a_frozen_weight_gets_no_gradient_and_hidden_does():
     assert hidden.grad.abs().min() > 0 and weight.grad is None
 
 
+def test_of_no_token_there_is_nothing_but_a_gradient_of_zeros():
+    """A rank whose responses are all too old still takes part in the backward pass."""
+    hidden, weight, bias, targets, grad = (x[:, :0] if x.shape[:2] == (B, T) else x for x in inputs(torch.float32))
+    logprobs, entropies = head_logprobs(hidden, weight, targets, 1.0, 4 * V, bias=bias)
+    assert logprobs.shape == entropies.shape == (B, 0)
+    grads = torch.autograd.grad(logprobs, (hidden, weight, bias), grad)
+    assert grads[0].shape == (B, 0, D) and not grads[1].any() and not grads[2].any()
+
+
 def test_a_budget_below_one_token_is_refused():
     hidden, weight, _, targets, _ = inputs(torch.float32)
     with pytest.raises(ValueError, match=f"one token over {V} symbols take {4 * V}"):

@@ -46,8 +46,12 @@ def load_and_save(rank, world, folder):
     for name in FAMILIES:
         policy = load_policy(folder / name, **PLAIN)
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        some = fed & (torch.arange(13) >= 6 - rank)  # of the second row nothing, on rank 0
         with torch.no_grad():
             logprobs, entropies = policy(tokens, fed, TEMPERATURE)
+            masked = policy(tokens, fed, TEMPERATURE, mask=some)
+        for one, whole in zip(masked, (logprobs, entropies)):  # chunks of other tokens: other sums
+            torch.testing.assert_close(one, whole.masked_fill(~some, 0), atol=2e-6, rtol=0)
         got = dict(weights=whole_weights(policy), buffers=dict(policy.model.named_buffers()),
                    logprobs=logprobs, entropies=entropies,
                    local=sum(p.to_local().numel() for p in policy.parameters()))
