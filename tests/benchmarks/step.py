@@ -57,7 +57,11 @@ def sync(c: dict) -> dict:
             engine.load_weights(named_weights(policy), 1)
             wall.append(time.perf_counter() - began)
 
-        arms = dict(copy=copy, gather=lambda: [None for _ in named_weights(policy)], publish=publish, sync=take)
+        def packed():  # this family's loader takes experts as transformers has them, too
+            engine.llm.collective_rpc("sync_weights", args=(named_weights(policy),))
+
+        arms = dict(copy=copy, gather=lambda: [None for _ in named_weights(policy)], publish=publish, packed=packed,
+                    sync=take)
         found = turns({name: partial(seconds, arm) for name, arm in arms.items()}, c["rounds"])
         found["wall"] = wall[1:]
         profile = cProfile.Profile(timing.clock)
@@ -80,8 +84,8 @@ def sync_beside(c: dict) -> tuple[dict, str]:
         return *cells(c["rounds"], c["ranks"]), ""
     pairs = [cells(c["rounds"] // 2, *order)[:: 1 if order[0] == 1 else -1]
              for order in ((1, c["ranks"]), (c["ranks"], 1))]
-    one, several = ({name: found[0][name] + found[1][name] for name in ("copy", "gather", "publish", "sync", "wall")}
-                    for found in zip(*pairs))
+    names = ("copy", "gather", "publish", "packed", "sync", "wall")
+    one, several = ({name: found[0][name] + found[1][name] for name in names} for found in zip(*pairs))
     own, wall, gather = (shown(ratio(several[name], one[name])) for name in ("sync", "wall", "gather"))
     return pairs[0][1] | several, (f"\n{c['ranks']} ranks / 1 rank: rank 0's own time {own}, the wall's clock {wall}; "
                                    f"gathered alone, own {gather}")
@@ -98,6 +102,7 @@ def sync_table(c: dict, found: dict) -> str:
              f"  whole weights, gathered   {best['gather'] / best['sync']:7.1%} of the sync",
              f"  published names, more     {(best['publish'] - best['gather']) / best['sync']:7.1%}",
              f"  in vLLM, more             {1 - best['publish'] / best['sync']:7.1%}",
+             f"packed experts / published  {shown(ratio(found['packed'], found['sync']))}",
              f"own time of functions in one profiled sync of {found['all']:.3f} s"]
     lines += [f"  {own / found['all']:6.1%} {calls:6} calls  {name[:70]}" for own, calls, name in found["top"]]
     return "\n".join(lines)

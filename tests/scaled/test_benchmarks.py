@@ -149,7 +149,7 @@ def test_a_step_by_its_parts(tmp_path):
 
 def test_sync_on_two_ranks_stands_beside_one(monkeypatch):
     """Processes in turn, each with half of the rounds: 1, 2, 2, 1 ranks."""
-    asked, arms = [], ("copy", "gather", "publish", "sync", "wall")
+    asked, arms = [], ("copy", "gather", "publish", "packed", "sync", "wall")
 
     def in_process(script, setting, ranks):
         asked.append((ranks, setting["rounds"]))
