@@ -98,7 +98,8 @@ def curves(runs: Runs, folder: Path) -> str | None:
     return None
 
 
-def band(axes, rows: list[list[float]], method: str, log: bool):
+def band(axes, rows: list[list[float]], method: str, log: bool = False, label: str = ""):
+    """Mean and interval over seeds, by update; label: in place of the method's."""
     n = min(map(len, rows))
     if n == 0:
         return
@@ -110,7 +111,7 @@ def band(axes, rows: list[list[float]], method: str, log: bool):
         axes.set_yscale("log")
     x = np.arange(1, n + 1) * STEP
     looks = style(method) | dict(markersize=4, markevery=max(1, n // 6), linestyle="--" if "no " in method else "-")
-    axes.plot(x, mean, label=LABELS.get(method, method).replace("\n", " "), linewidth=1.3, **looks)
+    axes.plot(x, mean, label=label or LABELS.get(method, method).replace("\n", " "), linewidth=1.3, **looks)
     if np.isfinite(low).all():
         axes.fill_between(x, low, high, color=looks["color"], alpha=0.13, linewidth=0)
 
@@ -177,6 +178,35 @@ def dials(runs: Runs, folder: Path) -> str | None:
     return None
 
 
+CAUSES = {  # of a failure: what is drawn beside what, a label -> regime, N, method, and the method whose looks it has
+    "rounding of the engine, N = 1": {
+        "fp32": ("long fp32", 1, "none", "R3"), "int4": ("long int4", 1, "none", "none")},
+    "other experts in the engine, N = 1": {
+        "R3": ("long noise .15", 1, "R3", "R3"), "no replay": ("long noise .15", 1, "none", "none")},
+    f"old weights, N = {MUCH}": {
+        "clipping": ("long fp8", MUCH, "none", "R3"), "no clipping": ("long fp8", MUCH, "none, no clip", "none")}}
+
+
+def long(runs: Runs, folder: Path) -> str | None:
+    """Reward over 1,024 updates: each cause of a failure, and what takes it away."""
+    found = {title: {label: (Cell(f"{regime}, 1,024 updates", N, method).key, looks)
+                     for label, (regime, N, method, looks) in lines.items()} for title, lines in CAUSES.items()}
+    found = {title: lines for title, lines in found.items() if all(key in runs.cells for key, _ in lines.values())}
+    if not found:
+        return None
+    figure = Figure(figsize=(3.4 * len(found), 3), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False).flat, found.items()):
+        for label, (key, looks) in lines.items():
+            band(axes, [row["reward"] for row in runs.cells[key].values()], looks, label=label)
+        axes.set(title=title, xlabel="update", ylim=(0, 1))
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("reward, of the inference engine")
+    save(figure, folder / "long.svg")
+    return "long.svg: " + "; ".join(f"{title}, {label}: {runs.mean(key, end)}" for title, lines in found.items()
+                                    for label, (key, _) in lines.items())
+
+
 def maps(runs: Runs, folder: Path) -> str | None:
     """Mean end by the engines' gap and N, over the seeds that all cells have; a map for each replay mode; dark is
     low. It waits until these are most of the planned ones."""
@@ -226,4 +256,4 @@ def mechanism(rows: dict, folder: Path) -> str | None:
 MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
              "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
              "R3, clip": "R3"}  # whose look it has
-PICTURES = (summary, curves, ends, dials, maps)
+PICTURES = (summary, curves, ends, dials, long, maps)
