@@ -57,7 +57,7 @@ class Config:
     name: str = option("", "folder under runs/; left out, the next free run-N")
     updates: int = option(320, "gradient updates of RL")
     mini_batch: int = option(256, "responses an update", high=2**20)
-    mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy", high=1024)
+    mini_batches: int = option(4, "N, updates per rollout batch: how far off-policy", high=1024)
     group_size: int = option(8, "G, responses to one prompt", low=2, high=2**20)
     lr: float = option(3e-4, "learning rate of RL", low=1e-9, high=1)
     warmup: int = option(20, "updates in which it rises to that")
@@ -70,7 +70,7 @@ class Config:
     rollout_precision: str = option("fp8", "of μ", "fp32", "bf16", "fp8", "int6", "int5", "int4")
     router_noise: float = option(0.0, "s: μ chooses experts by logits with N(0, s²) added", low=0)
     eval_every: int = option(40, "updates between scores")
-    eval_prompts: int = option(512, "fresh prompts in a score", high=2**20)
+    eval_prompts: int = option(512, "prompts in a score, the same each time", high=2**20)
     head_dim = property(lambda c: c.width // c.heads)
 
     def __post_init__(self):
@@ -467,7 +467,7 @@ def sample(engine: InferenceEngine, n: int, G: int, seed: int) -> Rollout:
 
 @torch.no_grad()
 def evaluate(model: Model) -> tuple[dict, Rollout]:
-    """One response to each of fresh prompts -> metrics, the responses of the inference engine.
+    """One response to each of a fixed set of prompts -> metrics, the inference engine's responses.
     score: in training precision. engine_score: of the inference engine, which is deployed.
     routing_share: what part of their gap replay can close, 1 - KL(μ‖π with the experts of μ) /
     KL(μ‖π with its own); None where there is no gap."""
@@ -542,7 +542,7 @@ def draw(rows: list[dict], path: Path):
     """The curves of a run."""
     from matplotlib.figure import Figure  # slow to import: no refusal should wait for it
     figure, buffer = Figure(figsize=(12, 6), layout="constrained"), io.BytesIO()
-    panels = {"score on fresh prompts": ("score", "engine_score"), "training reward": ("reward",),
+    panels = {"score on fixed prompts": ("score", "engine_score"), "training reward": ("reward",),
               "KL(μ_old‖π_old), between engines": ("mismatch_kl",), "entropy of π_θ": ("entropy",),
               "KL(π_old‖π_θ), stale weights": ("staleness_kl",),
               "same experts in π_θ and μ, by layer": ("routing_agreement",)}
@@ -634,9 +634,9 @@ def command_line(config: type, description: str) -> argparse.ArgumentParser:
     return parser
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 for a run that failed; SystemExit 2 for one that was refused."""
+    """Exit code 0, 1 for a run that failed, 130 after Ctrl-C; SystemExit 2 for what was refused."""
     parser, state = command_line(Config, __doc__.split("\n")[0]), None
-    parser.add_argument("--resume", metavar="NAME", help="go on with runs/NAME; only --updates")
+    parser.add_argument("--resume", metavar="NAME", help="go on with runs/NAME, or to --updates")
     given = vars(parser.parse_args(argv))
     try:
         if (name := given.pop("resume", None)) is not None:

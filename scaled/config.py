@@ -51,7 +51,7 @@ class Config:
     # reinforcement learning, as in nano_moe_rl
     prompts: int = option(64, "P, prompts an update")
     group_size: int = option(16, "G, responses to one prompt", low=2)
-    mini_batches: int = option(4, "N, updates a rollout batch: how far off-policy")
+    mini_batches: int = option(4, "N, updates per rollout batch: how far off-policy")
     replay: str = option("R3", "whose experts π_old and π_θ use", "none", "R2", "R3")
     clip: bool = option(True, "drop tokens that π_θ/π_old puts outside the trust region")
     clip_low: float = option(0.2, "how far π_θ/π_old may fall below 1", low=0, high=0.99)

@@ -4,9 +4,9 @@
     python -m scaled.evaluate --model runs/laptop@40 --model runs/laptop@80 --picture pass.png
     torchrun --nproc-per-node 8 -m scaled.evaluate --model DIR --data FILE --out problems.jsonl
 
-A model is a Hugging Face folder, or what scaled.export takes: runs/NAME, runs/NAME@UPDATE, or the
-checkpoint.pt of a run of nano_moe_rl.py. The options of a run are the defaults. Several models get
-the same problems and seeds; processes share out the problems.
+A model is a Hugging Face folder, or what scaled.export takes: runs/NAME, runs/NAME@UPDATE,
+runs/NAME@best, or the checkpoint.pt of a run of nano_moe_rl.py. The options of a run are the
+defaults. Several models get the same problems and seeds; processes share out the problems.
 """
 
 import json

@@ -3,6 +3,7 @@
     python -m scaled.export runs/run-1/checkpoint.pt DIR             # of nano_moe_rl.py
     python -m scaled.export runs/laptop DIR                          # the newest of a scaled run
     python -m scaled.export runs/laptop@40 DIR                       # that of update 40
+    python -m scaled.export runs/laptop@best DIR                     # that with the best score
     torchrun --nproc-per-node 8 -m scaled.export runs/NAME DIR       # the same on several GPUs
 """
 

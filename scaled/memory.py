@@ -95,7 +95,8 @@ class Memory:
     def activations(x, moment):
         """n · s · D for the input of each layer and, at a layer's backward, what the widest layer
         saves (saved_by); without gradient_checkpointing what all layers save. At the head also the
-        final norm, its output twice, and the fp32 gradient of that: n · (8 + 3 s) · D."""
+        final norm, its output twice, and the fp32 gradient of that: n · (8 + 3 s) · D, at most:
+        two of these are of response tokens only."""
         if x.c.gradient_checkpointing:
             kept = len(x.s.layers) * x.itemsize * x.s.width
             kept += max(map(x.saved_by, x.s.layers)) if moment == "layer" else 0
@@ -225,8 +226,9 @@ class Memory:
 
     @property
     def checkpoints(x) -> float:
-        """Bytes on disk: weights and moments, 12 bytes a parameter, of `keep` and the next."""
-        return 12 * x.s.total * (x.c.keep + 1)
+        """Bytes on disk: weights and moments, 12 bytes a parameter, of `keep`, the next, and with
+        eval_data the one with the best score."""
+        return 12 * x.s.total * (x.c.keep + 1 + bool(x.c.eval_data))
 
     def faults(x) -> list[str]:
         """Why the run does not fit, in words; [] if it does."""

@@ -64,9 +64,18 @@ def configuration(runs: list[Recorded]) -> str:
 
 
 def events(run: Recorded) -> str:
-    rows = [[visible(event["update"]), visible(event.get("rule", "")),
-             visible(event.get("message", ""))] for event in run.events]
-    return table(["update", "rule", "message"], rows)
+    """As guard.py writes them: a rule that began to hold, or what the run did about one."""
+    rows = []
+    for event in run.events:
+        value, limit = number(event.get("value")), number(event.get("limit"))
+        told = "" if limit is None else f"limit {limit:.3g}, it was " + (
+            "not a number" if value is None else f"{value:.3g}")
+        if "act" in event:
+            told = str(event["act"])
+            if "to" in event:
+                told += f" to {event['to']} with {json.dumps(event.get('change'))}"
+        rows.append([visible(event["update"]), visible(event.get("rule", "")), visible(told)])
+    return table(["update", "rule", "what"], rows)
 
 
 def response(sample: dict) -> str:

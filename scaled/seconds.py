@@ -36,7 +36,8 @@ class Seconds:
     # -------------------------------------------------------------------------------- training
     @property
     def forward_flops(t) -> float:
-        """Of one token: 2 for each active parameter but the embedding's, and 4 · width of the
+        """Of one token: 2 for each active parameter but the embedding's (at most: in training the
+        head is asked for response tokens only), and 4 · width of the
         queries · (p + r) / 2 in each layer for attention, which looks half of a row back (both:
         arXiv 2001.08361, section 2.1)."""
         context = sum(t.memory.lengths) / 2

@@ -156,7 +156,8 @@ def train(run: "Run", stop: Callable[[], bool]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 for a run that failed, 2 for one that was refused. torchrun makes both 1."""
+    """Exit code 0; 1 for a run that failed, 2 for one that was refused, 130 after Ctrl-C, 143 for a
+    SIGTERM before there is anything to save. torchrun makes them all 1."""
     flags = parser(__doc__.split("\n")[0])
     flags.error = refuse
     flags.add_argument("--config", metavar="FILE", help="TOML file of options, for a new run")

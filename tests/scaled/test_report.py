@@ -21,6 +21,7 @@ from scaled.config import read_config
 from scaled.page import visible
 from scaled.readback import number, read_run
 from scaled.routemap import maps_of_single
+from scaled.rules import Event
 from tiny_run import arguments
 
 ROOT = Path(nano.__file__).parent
@@ -67,7 +68,8 @@ def test_hostile_text_is_shown_and_nothing_is_loaded(tmp_path, monkeypatch, caps
     samples.append({"update": 8, "version": 4, "source": "training", "tokens": EVIL, "response_from": 2,
                     "engine_experts": ids, "old_experts": ids, "prompt": "", "response": "",
                     "live_experts": {mode: [[[2, 1]]] * len(EVIL) for mode in ("none", "R2", "R3")}})
-    events = [{"update": 3, "rule": evil, "message": [evil, {evil: evil}]} for evil in EVIL] + [{"update": 4}]
+    events = [{"update": 3, "rule": evil, "value": evil, "limit": evil} for evil in EVIL] + [{"update": 4}] + [
+        {"update": 5, "act": evil, "to": [evil], "change": {evil: evil}} for evil in EVIL]
     name = "runs/<b>&'\"><script>"
     write_run(tmp_path / name.replace("/<", "/<"), ROWS, samples, events, replay=EVIL[0], system=EVIL,
               **{evil: evil for evil in EVIL})
@@ -133,17 +135,22 @@ def test_responses_and_numbers_of_a_run(tmp_path, capsys):
     samples = [{"update": u, "version": u, "source": "held out", "prompt_id": f"p{i}", "prompt": f"ask {i}",
                 "response": f"{i} at {u}", "reward": float(i == u), "truncated": i == 1}
                for u in (0, 4, 12) for i in (0, 1)]
-    write_run(tmp_path / "a", ROWS, samples, [{"update": 3, "rule": "flat", "message": "all equal"}])
+    write_run(tmp_path / "a", ROWS, samples, [
+        asdict(Event(3, 1, "reward_falls", "reward", 0.123, 0.25)), {"update": 4, "act": "save"},
+        asdict(Event(4, 2, "gradient_grows", "grad_norm", float("nan"), 5.0)),
+        {"update": 8, "act": "back", "to": 4, "change": {"lr": 0.5}}])
     root, (numbers,) = made(tmp_path, capsys, tmp_path / "a")
     assert (tmp_path / "a/report.html").exists()
     assert numbers == {
         "run": str(tmp_path / "a"), "kind": "scaled", "updates": 12, "first_score": 0.25, "last_score": 0.12,
         "last_reward": pytest.approx(0.3 + 0.05 * 4), "seconds_per_update": 2.0, "updates_without_gradient": 1,
-        "events": 1, "routes": []}
+        "events": 4, "routes": []}
     rows = [texts(row, "td") for row in root.iter("tr") if row.find("td") is not None]
     assert ["ask 0", "0 at 0\nreward 1", "0 at 12\nreward 0"] in rows
     assert ["ask 1", "1 at 0\nreward 0, cut off", "1 at 12\nreward 0, cut off"] in rows
-    assert ["3", "flat", "all equal"] in rows
+    assert ["3", "reward_falls", "limit 0.25, it was 0.123"] in rows and ["4", "", "save"] in rows
+    assert ["4", "gradient_grows", "limit 5, it was not a number"] in rows
+    assert ["8", "", 'back to 4 with {"lr": 0.5}'] in rows
 
 
 # ------------------------------------------------------------------------------------- Maps of routes

@@ -151,7 +151,7 @@ def dials(runs: Runs, folder: Path) -> str | None:
     """The end along each dial, the other two at rest."""
     panels = {"numerics, N = 1": (["none"], {name.removeprefix("long "): (name, 1) for name in NUMERICS}),
               "router noise, N = 1": (["none", "R3"], {f"{noise:g}": (name, 1) for name, noise in NOISES.items()}),
-              "N, updates a rollout batch": (["none", "none, no clip"], {str(N): ("mild", N) for N in NS})}
+              "N, updates per rollout batch": (["none", "none, no clip"], {str(N): ("mild", N) for N in NS})}
     drawn = {}
     for title, (methods, places) in panels.items():
         for method in methods:  # on-policy no gate closes

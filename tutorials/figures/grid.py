@@ -1,7 +1,7 @@
 """Which runs there are, and why. A run is a cell (a regime, N and a method) and a seed.
 
 Three dials, one at a time, at one learning rate: numerics of the rollouts, noise in their router,
-updates a rollout batch (N). A method differs from "none" in what its name says. A seed is one cold
+updates per rollout batch (N). A method differs from "none" in what its name says. A seed is one cold
 start and one order of prompts, shared by all cells.
 """
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ class NotRun(KeyError):
 
 
 def end(run: dict) -> float:
-    """Engine score after the last update, on 1,024 fresh prompts. 0 for a run that broke off."""
+    """Engine score after the last update, on 1,024 prompts, the same each time. 0 for a run that broke off."""
     return run["engine_score"][-1][1]
 
 
