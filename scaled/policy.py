@@ -112,8 +112,8 @@ def _shard(policy: Policy, precision: str, gradient_checkpointing: bool, cpu_off
         shard(layer, mp_policy=mixed)
     shard(policy, mp_policy=mixed)
     for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+        if isinstance(module, FSDPModule) and dist.get_world_size() > 1:
+            module.set_gradient_divide_factor(1.0)  # of a single rank it would make a copy, by / 1
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 @torch.no_grad()
