@@ -83,10 +83,11 @@ class Memory:
         freed = 0 if x.c.gradient_checkpointing else x.tokens * x.saved_by(x.s.layers[-1])
         return max(0, 4 * x.padded(x.s.widest.shapes) - freed)
 
-    @line("embedding and head", "head", "layer", "check")
+    @line("head", "head", "layer", "check")
     def root(x, moment):
-        """s bytes for each of their parameters, gathered for the whole pass, and the gradient of
-        the head, V · D: 4 bytes while logprobs.py sums it over chunks, s bytes afterwards."""
+        """s bytes for each parameter of final norm and head, gathered for the whole pass, and the
+        gradient of the head, V · D: 4 bytes while logprobs.py sums it over chunks, s bytes
+        afterwards."""
         gradient = {"head": 4, "layer": x.itemsize, "check": 0}[moment]
         return (x.itemsize * x.padded(x.s.root)
                 + gradient * x.s.vocabulary * x.s.width)

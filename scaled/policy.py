@@ -22,8 +22,8 @@ from scaled.huggingface import (
 from scaled.logprobs import head_logprobs
 
 class Policy(nn.Module):
-    """log π of a causal LM. The one module whose forward FSDP sees from outside: embedding, final
-    norm and head belong to it, so the head's weight is gathered when it is used apart from them."""
+    """log π of a causal LM. The one module whose forward FSDP sees from outside: final norm and
+    head belong to it, so the head's weight is gathered when it is used apart from it."""
 
     def __init__(self, model: PreTrainedModel, logits_bytes: int):
         super().__init__()
@@ -110,6 +110,9 @@ def _shard(policy: Policy, precision: str, gradient_checkpointing: bool, cpu_off
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         shard(layer, mp_policy=mixed)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:  # it need not be whole while the others are at work
+        shard(embedding, mp_policy=mixed)
     shard(policy, mp_policy=mixed)
     for module in policy.modules():
         if isinstance(module, FSDPModule) and dist.get_world_size() > 1:

@@ -59,7 +59,8 @@ class Sizes:
     top_k: int  # A
     n_experts: int  # E
     layers: tuple[Layer, ...]
-    root: Shapes  # embedding, final norm and, unless it is tied, head
+    root: Shapes  # final norm and head
+    embedding: Shapes  # () if it is tied, and so the head
     published_tensors: int  # in a checkpoint with a matrix for each expert
     fp32_routing: bool  # bf16 passes have routing weights, and so weighted outputs, in fp32
 
@@ -67,7 +68,7 @@ class Sizes:
 
     @cached_property
     def shapes(s) -> Shapes:
-        return s.root + tuple(shape for layer in s.layers for shape in layer.shapes)
+        return s.embedding + s.root + tuple(shape for layer in s.layers for shape in layer.shapes)
 
     @cached_property
     def experts(s) -> Shapes:
@@ -158,11 +159,15 @@ def measure(name: str, source: str, config) -> Sizes:
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     if not all(isinstance(x, int) and x > 0 for x in (A, E, heads, kv_heads)) or A > E:
         raise ValueError(f"{where} has impossible numbers of heads or experts")
-    of_layers = {id(p) for layer in decoder for p in layer.parameters()}
-    root = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in of_layers)
-    published = sum(len(layer.rest) + 3 * E * bool(layer.experts) for layer in layers) + len(root)
+    apart = {id(p) for layer in decoder for p in layer.parameters()}
+    first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = () if first is last else (tuple(first.shape),)
+    apart |= {id(first)} if embedding else set()
+    root = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in apart)
+    published = sum(len(layer.rest) + 3 * E * bool(layer.experts) for layer in layers)
+    published += len(root) + len(embedding)
     return Sizes(name, source, text.hidden_size, text.vocab_size, heads, kv_heads, L, A, E, layers,
-                 root, published, text.model_type not in BF16_ROUTING)
+                 root, embedding, published, text.model_type not in BF16_ROUTING)
 
 
 def measure_layer(where: str, layer) -> Layer:
