@@ -234,7 +234,7 @@ def test_a_quick_grid_runs_resumes_repeats_and_draws(tmp_path):
     git = subprocess.run(["git", "hash-object", "nano_moe_rl.py"], cwd=ROOT, capture_output=True, text=True).stdout
     assert git.startswith(runner.REVISION)
     assert (tmp_path / "results" / "verdicts.md").read_text().count("| **") == 20
-    for name in ("summary", "ends", "mechanism"):
+    for name in ("summary", "long", "mechanism"):
         assert (tmp_path / "results" / f"{name}.svg").read_text().startswith("<?xml")
 
     lines = core.read_text().splitlines(keepends=True)

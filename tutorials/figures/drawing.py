@@ -1,5 +1,4 @@
 """Pictures of the runs. A method has one colour and marker everywhere; colours differ in lightness too."""
-import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -7,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures import intervals, outcomes
-from figures.grid import FOUR, LITTLE, METHODS, MUCH, Cell
+from figures.grid import FOUR, LITTLE, MUCH, Cell
 from figures.outcomes import Runs, end
 from figures.runner import STEP
 
@@ -28,17 +27,6 @@ def style(method: str) -> dict:
 
 def save(figure: Figure, path: Path):
     figure.savefig(path, metadata={"Date": None})
-
-
-def points(axes, x: float, values: list[float], method: str):
-    """A point a seed, and beside them their mean with its interval."""
-    colour = style(method)["color"]
-    axes.scatter(x - 0.16 + np.linspace(-0.06, 0.06, len(values)), values, s=9, color=colour, alpha=0.35, linewidths=0)
-    of = intervals.mean(values)
-    if np.isfinite(of.low):
-        axes.errorbar(x + 0.08, of.mean, [[of.mean - of.low], [of.high - of.mean]], capsize=4, markersize=8,
-                      linewidth=1.8, linestyle="", **style(method))
-        axes.annotate(f"{of.mean:.2f}", (x + 0.16, of.mean), va="center")
 
 
 def summary(runs: Runs, folder: Path) -> str | None:
@@ -114,32 +102,6 @@ def band(axes, rows: list[list[float]], method: str, log: bool = False, label: s
     axes.plot(x, mean, label=label or LABELS.get(method, method).replace("\n", " "), linewidth=1.3, **looks)
     if np.isfinite(low).all():
         axes.fill_between(x, low, high, color=looks["color"], alpha=0.13, linewidth=0)
-
-
-def ends(runs: Runs, folder: Path) -> str | None:
-    """Every cell's end beside one another, a panel for each regime and N that has more than one method."""
-    panels = {}
-    for key in runs.cells:
-        regime, N, method = key.split(" | ")
-        panels.setdefault((regime, N), []).append(method)
-    panels = {place: methods for place, methods in panels.items() if len(methods) > 1}
-    if not panels:
-        return None
-    columns = 3
-    figure = Figure(figsize=(11, 2.6 * -(-len(panels) // columns)), layout="constrained")
-    places = figure.subplots(-(-len(panels) // columns), columns, sharey=True, squeeze=False).flat
-    for ((regime, N), methods), axes in zip(sorted(panels.items()), places):
-        methods = sorted(methods, key=[*METHODS].index)
-        for x, method in enumerate(methods):
-            points(axes, x, [*runs.per_seed(f"{regime} | {N} | {method}", end).values()], method)
-        axes.set(title=f"{regime}, {N.replace('=', ' = ')}", xticks=range(len(methods)), ylim=(0, 1),
-                 xlim=(-0.5, len(methods) - 0.3))
-        axes.set_xticklabels([textwrap.fill(m, 10) for m in methods], fontsize=8)
-        axes.grid(alpha=0.25, axis="y")
-    for axes in places:
-        axes.remove()
-    save(figure, folder / "ends.svg")
-    return None
 
 
 NUMERICS = ("long fp32", "long fp8", "long int6", "long int5", "long int4")
@@ -256,4 +218,4 @@ def mechanism(rows: dict, folder: Path) -> str | None:
 MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
              "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
              "R3, clip": "R3"}  # whose look it has
-PICTURES = (summary, curves, ends, dials, long, maps)
+PICTURES = (summary, curves, dials, long, maps)
