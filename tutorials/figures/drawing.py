@@ -29,6 +29,17 @@ def save(figure: Figure, path: Path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def points(axes, x: float, values: list[float], method: str):
+    """A point a seed, and beside them their mean with its interval."""
+    colour = style(method)["color"]
+    axes.scatter(x - 0.16 + np.linspace(-0.06, 0.06, len(values)), values, s=9, color=colour, alpha=0.35, linewidths=0)
+    of = intervals.mean(values)
+    if np.isfinite(of.low):
+        axes.errorbar(x + 0.08, of.mean, [[of.mean - of.low], [of.high - of.mean]], capsize=4, markersize=8,
+                      linewidth=1.8, linestyle="", **style(method))
+        axes.annotate(f"{of.mean:.2f}", (x + 0.16, of.mean), va="center")
+
+
 def summary(runs: Runs, folder: Path) -> str | None:
     """The picture of the README: what the deployed policy scores at the end, by replay. -> its caption."""
     groups = [("on-policy (N = 1)", 1, ["none", "R3"]), (f"off-policy (N = {LITTLE})", LITTLE, ["none", "R2", "R3"])]
