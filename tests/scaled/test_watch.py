@@ -145,7 +145,7 @@ def test_the_readme_has_the_rules_and_the_recorded_table():
     said = {row["rule"]: row for row in summary(CORE)}
     falls, kl, any_rule = said["reward_falls"], said["mismatch_kl_high"], said["any of them"]
     flat = " ".join(readme.split())
-    assert (f"the {falls['failures'] + falls['well']} runs of the experiments so far: {falls['failures']} fail, as "
+    assert (f"the {falls['failures'] + falls['well']} runs of the experiments: {falls['failures']} fail, as "
             in flat and f"defines it, {falls['well']} stay well" in flat)
     for row, name in ((falls, "`reward_falls`"), (kl, "`mismatch_kl_high`"),
                       (said["extreme_tokens_high"], "`extreme_tokens_high`"),
