@@ -154,14 +154,22 @@ def test_replay_is_not_compared_where_it_cannot_matter():
     runs = all_runs(lambda cell, seed, noise: synthetic(0.7 + noise, routing_share=[[160, 0.3]]))
     for compares_replay in (1, 4, 5, 9, 10, 17):
         assert decisions(runs)[compares_replay - 1] == ABSENT
+    runs = all_runs(lambda cell, seed, noise: synthetic(
+        0.7 + noise, routing_share=[[160, 0.3 if cell.N == grid.MUCH else 0.9]]))
+    assert [decisions(runs)[n - 1] == ABSENT for n in (9, 10, 17)] == [False, True, True]  # 17 asks for both N
+    assert {line.split(" | ")[0].strip("| "): line.split(" | ")[-1] for line in outcomes.table(runs).splitlines()
+            if "router, N=" in line and ", none |" in line} == {
+        "router, N=1, none": "yes |", "router, N=8, none": "yes |", "router, N=32, none": "no |",
+        "router, N=2, none": "yes |"}
 
 
 def test_nothing_is_compared_when_the_base_recipe_fails_by_itself():
-    def run(cell, seed, noise):
-        return synthetic(reward=[0.7] * 10 + [0.3 if (cell.regime, seed) == ("fp32", 1003) else 0.7] * 10)
+    for recipe in ("fp32", "long fp32", "long fp32, 1,024 updates"):
+        def run(cell, seed, noise):
+            return synthetic(reward=[0.7] * 10 + [0.3 if (cell.regime, seed) == (recipe, 1003) else 0.7] * 10)
 
-    with pytest.raises(ValueError, match="1 of 16 seeds fail"):
-        claims.verdicts(all_runs(run))
+        with pytest.raises(ValueError, match=f"{recipe} .*: 1 of 16 seeds fail"):
+            claims.verdicts(all_runs(run))
 
 
 def test_mechanism_takes_the_sampling_noise_out():

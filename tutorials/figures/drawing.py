@@ -74,43 +74,17 @@ def summary(runs: Runs, folder: Path) -> str | None:
     return "summary: " + "; ".join(caption)
 
 
-def curves(runs: Runs, folder: Path) -> str | None:
-    """Reward, both gaps and entropy by update, mean and interval over seeds, for each N with router noise."""
-    for N, methods in ((1, ["none", "no IS", "R3", "R3, no IS"]), (LITTLE, ["none", "R2", "R3", "none, no clip"]),
-                       (MUCH, ["none", "R2", "R3", "none, no clip", "R3, no clip"])):
-        shown = [method for method in methods if Cell("router", N, method).key in runs.cells]
-        if not shown:
-            continue
-        figure = Figure(figsize=(10, 2.8), layout="constrained")
-        names = {"reward": "reward, inference engine", "mismatch_kl": "KL(μ‖π) of the engines",
-                 "staleness_kl": "KL(π_old‖π_θ), staleness", "entropy": "entropy of π, nats"}
-        if N == 1:  # nothing is stale
-            del names["staleness_kl"]
-        for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items()):
-            for method in shown:
-                rows = [row[name] for row in runs.cells[Cell("router", N, method).key].values()]
-                band(axes, rows, method, log="kl" in name)
-            axes.set(title=title, xlabel="update")
-            axes.grid(alpha=0.25)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
-        save(figure, folder / f"curves-{N}.svg")
-    return None
-
-
-def band(axes, rows: list[list[float]], method: str, log: bool = False, label: str = ""):
-    """Mean and interval over seeds, by update; label: in place of the method's."""
+def band(axes, rows: list[list[float]], method: str, label: str):
+    """Mean and interval over seeds, by update, in the looks of a method."""
     n = min(map(len, rows))
     if n == 0:
         return
     y = np.array([row[:n] for row in rows])
-    of = [intervals.mean(np.log(column.clip(1e-9)) if log else column) for column in y.T]
+    of = [intervals.mean(column) for column in y.T]
     mean, low, high = (np.array([getattr(x, name) for x in of]) for name in ("mean", "low", "high"))
-    if log:
-        mean, low, high = np.exp(mean), np.exp(low), np.exp(high)
-        axes.set_yscale("log")
     x = np.arange(1, n + 1) * STEP
     looks = style(method) | dict(markersize=4, markevery=max(1, n // 6), linestyle="--" if "no " in method else "-")
-    axes.plot(x, mean, label=label or LABELS.get(method, method).replace("\n", " "), linewidth=1.3, **looks)
+    axes.plot(x, mean, label=label, linewidth=1.3, **looks)
     if np.isfinite(low).all():
         axes.fill_between(x, low, high, color=looks["color"], alpha=0.13, linewidth=0)
 
@@ -153,7 +127,7 @@ def dials(runs: Runs, folder: Path) -> str | None:
 
 CAUSES = {  # of a failure: what is drawn beside what, a label -> regime, N, method, and the method whose looks it has
     "rounding of the engine, N = 1": {
-        "fp32": ("long fp32", 1, "none", "R3"), "int4": ("long int4", 1, "none", "none")},
+        "fp32": ("long fp32", 1, "none", "R3"), "int5": ("long int5", 1, "none", "none")},
     "other experts in the engine, N = 1": {
         "R3": ("long noise .15", 1, "R3", "R3"), "no replay": ("long noise .15", 1, "none", "none")},
     f"old weights, N = {MUCH}": {
@@ -170,7 +144,7 @@ def long(runs: Runs, folder: Path) -> str | None:
     figure = Figure(figsize=(3.4 * len(found), 3), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False).flat, found.items()):
         for label, (key, looks) in lines.items():
-            band(axes, [row["reward"] for row in runs.cells[key].values()], looks, label=label)
+            band(axes, [row["reward"] for row in runs.cells[key].values()], looks, label)
         axes.set(title=title, xlabel="update", ylim=(0, 1))
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
@@ -197,7 +171,7 @@ def maps(runs: Runs, folder: Path) -> str | None:
         for (i, j), value in np.ndenumerate(ends):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.5 else "black")
         axes.set(title=LABELS.get(mode, mode), xticks=range(len(Ns)), xticklabels=[f"N={N}" for N in Ns],
-                 yticks=range(len(regimes)), yticklabels=["fp32", "fp8", "fp8, noise .5", "fp8, noise .8"])
+                 yticks=range(len(regimes)), yticklabels=["fp32, control", "fp8, control", "fp8, noise .5", "fp8, noise .8"])
     save(figure, folder / "maps.svg")
     return f"maps.svg: {len(seeds)} seeds a cell"
 
@@ -229,4 +203,4 @@ def mechanism(rows: dict, folder: Path) -> str | None:
 MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
              "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
              "R3, clip": "R3"}  # whose look it has
-PICTURES = (summary, curves, dials, long, maps)
+PICTURES = (summary, dials, long, maps)

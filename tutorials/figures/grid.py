@@ -36,7 +36,7 @@ REGIMES |= {f"long {name}": dict(rollout_precision=name) | LONG | dict(updates=3
 REGIMES["long noise .15"] = dict(rollout_precision="fp8", router_noise=0.15) | LONG
 REGIMES |= {f"{name}, 1,024 updates": REGIMES[name] | dict(width=32, heads=1, layers=2, expert_width=16, lr=3e-4,
                                                            updates=1024, eval_every=128)
-            for name in ("long fp32", "long fp8", "long int4", "long noise .15")}
+            for name in ("long fp32", "long fp8", "long int5", "long int4", "long noise .15")}
 # Symbols that the task never needs, each with a little probability: the default run has 13 in all.
 REGIMES["router, 1,024 symbols"] = REGIMES["router"]
 SYMBOLS = {"router, 1,024 symbols": 1024}
@@ -155,7 +155,7 @@ BLOCKS = [  # in the order in which they are run
           "from which N on does clipping pay, at one learning rate?"),
     Block("long arms", cells(["long fp32, 1,024 updates"], [1], ["none"])
           + cells(["long noise .15, 1,024 updates"], [1], ["none", "R3", "no IS"])
-          + cells(["long int4, 1,024 updates"], [1], ["none", "no IS"])
+          + cells(["long int4, 1,024 updates", "long int5, 1,024 updates"], [1], ["none", "no IS"])
           + cells(["long fp8, 1,024 updates"], [MUCH], ["none", "none, no clip"]), EIGHT,
           "one of each kind over 1,024 updates of the longest prompts, in a model that cannot learn them all"),
     Block("importance weight", cells(["long int4"], [1], ["no IS"])
@@ -169,8 +169,9 @@ BLOCKS = [  # in the order in which they are run
 ]
 
 
-# Seeds that a claim about a cell waits for: those of the first block that has it.
-PLANNED = {cell.key: len(block.seeds) for block in reversed(BLOCKS) for cell in block.cells}
+# Seeds that a claim about a cell waits for.
+PLANNED = {cell.key: max(len(block.seeds) for block in BLOCKS if cell in block.cells)
+           for block in BLOCKS for cell in block.cells}
 
 # Corrections beside replay, and rollouts that are old by time; into a file of their own, since no claim asks for them.
 # Three cells of BLOCKS are run once more beside them, so that what is compared shares a machine and its cold starts.

@@ -6,6 +6,7 @@ samples the rollouts, so the training reward, 128 fresh responses an update, is 
 import numpy as np
 
 from figures import intervals
+from figures.grid import METHODS
 from figures.intervals import Interval
 from figures.runner import STEP
 
@@ -133,9 +134,11 @@ class Runs:
 
 
 def table(runs: Runs) -> str:
-    """Every outcome of every cell: means over seeds, the primary one with its interval."""
+    """Every outcome of every cell: means over seeds, the primary one with its interval. Replay can help where a cell
+    without it is fit for it; R2 and R3 run elsewhere too, as controls: there they should gain nothing."""
     lines = ["| cell | seeds | end | end, training engine | area | fail, median update | staleness KL, largest |"
-             " KL of the engines | F(2) | routing share |", "|---|---|---|---|---|---|---|---|---|---|"]
+             " KL of the engines | F(2) | routing share | replay can help |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
     for cell, of in runs.cells.items():
         rows, ends = [*of.values()], runs.mean(cell, end)
         average = lambda outcome: np.mean([outcome(row) for row in rows])  # noqa: E731
@@ -146,5 +149,6 @@ def table(runs: Runs) -> str:
             f"{average(trained_end):.3f}", f"{average(area):.3f}",
             f"{len(late)}, {np.median(late):.0f}" if late else "0", f"{max(map(staleness_tail, rows)):.1e}",
             f"{np.exp(average(mismatch)):.1e}", f"{average(lambda row: np.mean(row['extreme_token_fraction'])):.1e}",
-            f"{np.mean(shares):.2f}" if shares else "no gap"]) + " |")
+            f"{np.mean(shares):.2f}" if shares else "no gap",
+            "" if "replay" in METHODS[cell.split(" | ")[2]] else "yes" if runs.fit_for_replay(cell) else "no"]) + " |")
     return "\n".join(lines) + "\n"
