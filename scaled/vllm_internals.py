@@ -30,12 +30,14 @@ def check_vllm() -> str:
 
 
 def set_environment():
-    """What vLLM reads when it is imported; set already, it stays, but for the first.
+    """What vLLM, and oneDNN below it, read at their start; set already, it stays, but for the first.
     VLLM_ENABLE_V1_MULTIPROCESSING=0   the engine runs in this process: weights need no transport
     VLLM_USE_V2_MODEL_RUNNER=0         the runner that all of this was tried with, on GPUs too
     VLLM_LOGGING_LEVEL=ERROR           the console belongs to the training run
     VLLM_NO_USAGE_STATS=1
-    VLLM_CPU_OMP_THREADS_BIND=nobind, VLLM_CPU_KVCACHE_SPACE=1 (GiB)   on a CPU"""
+    VLLM_CPU_OMP_THREADS_BIND=nobind, VLLM_CPU_KVCACHE_SPACE=1 (GiB)   on a CPU
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY=16   there too: engine steps of ever new sizes each leave kernels
+                                       in a cache of 1,024, and memory grows from rollout to rollout"""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -43,6 +45,7 @@ def set_environment():
     if DEVICE == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 # ------------------------------------------------------------------------------- What is not served

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import statistics
+from itertools import permutations, product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import nano_moe_rl as nano
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+T_975 = {n: stats.t.ppf(0.975, n - 1) for n in range(2, 17)}
 
 
 def test_the_quoted_loss_is_the_source():
@@ -65,6 +67,25 @@ def test_what_it_says_of_the_grid_is_in_the_runs():
         assert f"{test.df + 1} of 16 seeds" in README or f"{test.df + 1} seeds" in README, N
     failed = [row for row in rows if row["cell"] == "fp32 | N=1 | none"]
     assert len(failed) == 8 and "0 of 8 seeds" in (ROOT / "tutorials/results/verdicts.md").read_text()
+
+
+def test_every_interval_it_quotes_is_one_of_two_cells_of_the_runs():
+    """On this page and on page 13: a difference of ends, paired by seed, with the 95 % interval of Student's t."""
+    of_runs = set()
+    for results, score in product(("core", "corrections"), ("engine_score", "score")):
+        ends = {}
+        for row in map(json.loads, (ROOT / f"tutorials/results/{results}.jsonl").read_text().splitlines()):
+            ends.setdefault(row["cell"], {})[row["seed"]] = row[score][-1][1]
+        for one, other in permutations(ends.values(), 2):
+            difference = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+            if len(difference) > 1:
+                mean, n = statistics.mean(difference), len(difference)
+                half = T_975[n] * statistics.stdev(difference) / n**0.5
+                of_runs.add(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
+    quoted = re.compile(r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]")
+    for page, least in ((README, 30), ((ROOT / "tutorials/13_corrections.md").read_text(), 5)):
+        found = quoted.findall(" ".join(page.split()))
+        assert len(found) >= least and not set(found) - of_runs
 
 
 def test_runs_to_compare_with_are_those_of_the_results():

@@ -9,7 +9,6 @@ recipe over many rollout batches, or one update of the single file. Memory is th
 every block went back when it is freed, then as it is.
 """
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -60,22 +59,15 @@ def held() -> float:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-def allocate(mib: int | None):
-    """From so many MiB on glibc gives a block back when it is freed (mallopt, M_MMAP_THRESHOLD). Else it
-    keeps what fits no later request, and a peak shows that as well."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-3, 2**16 if mib is None else mib * MIB)
-
-
 def timed(step, rounds: int) -> dict:
     """mib: what was alive at once, in one step; process: the peak after the steps that are timed, with
     what the allocator keeps. Both above what was held before."""
-    allocate(None)
+    timing.allocate(None)
     gc.collect()
     before = held()
     step()
     alive = timing.peak_mib() - before
-    allocate(32)  # where glibc's own threshold ends up
+    timing.allocate(32)  # where glibc's own threshold ends up
     took = [seconds(step) for _ in range(rounds)]
     return dict(seconds=median(took), mib=alive, process=timing.peak_mib() - before)
 

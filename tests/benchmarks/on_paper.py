@@ -10,7 +10,8 @@ import sys
 from timing import ROOT
 
 RECIPE = str(ROOT / "scaled/configs/qwen3_30b_a3b.toml")
-PUBLISHED = "5 to 6"  # GPU hours a gradient step of 1,024 responses (arXiv 2512.01374)
+# GPU hours a gradient step of 1,024 responses (arXiv 2512.01374)
+PUBLISHED = {"Qwen3-30B-A3B": "Published: 5 to 6 GPU hours. "}
 
 
 def rows(model: str, gpus: list[int], gpu: str, options: dict, machine: dict) -> list[dict]:
@@ -47,7 +48,7 @@ def table(model: str, gpu: str, found: list[dict]) -> str:
     first = max(found[0]["shares"], key=found[0]["shares"].get)
     over = next((row["gpus"] for row in found if row["gathering"] > row["computing"]), None)
     return "\n".join(lines + [
-        f"published: {PUBLISHED} GPU hours. The largest part on {found[0]['gpus']} GPUs is {first}. " + (
+        f"{PUBLISHED.get(model, '')}The largest part on {found[0]['gpus']} GPUs is {first}. " + (
             f"From {over} GPUs on gathering takes longer than computing." if over else
             "Gathering stays below computing.")])
 

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/routing.py
     OMP_NUM_THREADS=1 python tests/benchmarks/routing.py --rounds 11 --layers 48 --experts 128 --top-k 8 --width 64
+    OMP_NUM_THREADS=1 python tests/benchmarks/routing.py --memory ...    # host memory of a rollout, and nothing else
 
 Three engines sample the same prompts in turn, each in a process of its own: one captures routes, one does
 and takes those of a shared prefix with every response, one captures none. Three kinds of a training pass
@@ -31,9 +32,12 @@ PUBLISHED = (48, 8, 128, 32_768)  # L, A, E of Qwen3-30B-A3B, and the tokens of 
 
 # ---------------------------------------------------------------------------------------- sampling
 @cache
-def engine(folder: str, max_length: int, routes: bool, again: bool):
-    """An engine whose own work on routes is timed, in `spent`."""
+def engine(folder: str, max_length: int, routes: bool, again: bool, memory: bool):
+    """An engine whose own work on routes is timed, in `spent`. memory: freed memory goes back at once, which takes
+    time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what vLLM says at its start
+    if memory:
+        timing.allocate(None)
     made = timing.engine(folder, max_length, routes=routes)
     made.spent = {}
     if again:
@@ -49,20 +53,25 @@ def engine(folder: str, max_length: int, routes: bool, again: bool):
 
 
 def sample(setting: str, seed: int) -> dict:
-    """A rollout of one engine: seconds in all and by part, tokens fed, bytes of routes, how many of these
-    came from vLLM, and of a prompt that its group has already: what is behind whole blocks."""
+    """A rollout of one engine: seconds in all and by part, tokens fed, MiB that it took for a while, bytes of
+    routes, how many of these came from vLLM, and of a prompt that its group has already: what is behind whole
+    blocks. formula: MiB of routes alive at once by plan.py, if no prefix is shared: vLLM's arrays, ours, and
+    the padded batch."""
     c = json.loads(setting)
-    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"], c["again"])
+    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"], c["again"], c["memory"])
     made.spent.clear()
     began = clock()
     asked = timing.prompts(c["prompts"], c["prompt"], c["vocabulary"])
-    rollout = made.generate(asked, c["group"], c["response"], seed, 0)
-    found = dict(seconds=clock() - began, tokens=int(rollout.fed.sum()), bytes=0, sent=0, again=0) | made.spent
+    with timing.grown() as mib:
+        rollout = made.generate(asked, c["group"], c["response"], seed, 0)
+    found = dict(seconds=clock() - began, tokens=int(rollout.fed.sum()), mib=mib[0], bytes=0, sent=0,
+                 again=0) | made.spent
     if rollout.routing is not None:
         shared = shared_prefixes([prompt for prompt in asked for _ in range(c["group"])], made.block)
         again = sum(c["prompt"] - start for i, start in enumerate(shared) if i % c["group"])
         one = rollout.routing[0, 0].nbytes
-        found |= dict(bytes=rollout.routing.nbytes, sent=rollout.routing.nbytes - sum(shared) * one, again=again * one)
+        found |= dict(bytes=rollout.routing.nbytes, sent=rollout.routing.nbytes - sum(shared) * one, again=again * one,
+                      formula=3 * rollout.routing.nbytes / timing.MIB)
     return found
 
 
@@ -128,22 +137,32 @@ def long_row(c: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ report
+def rollouts(c: dict) -> dict[str, list[dict]]:
+    """What sample says of each engine, in turn."""
+    arms = {"captured": (True, False), "captured again": (True, True), "not captured": (False, False)}
+    workers = {name: Worker("routing:sample", json.dumps(c | dict(routes=routes, again=again)), seconds=1800)
+               for name, (routes, again) in arms.items() if not (again and c["memory"])}
+    try:
+        return turns({name: lambda worker=worker, seeds=count(): worker.ask(next(seeds))
+                      for name, worker in workers.items()}, c["rounds"])
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
 def measure(c: dict) -> dict:
     """All of it, for the sizes and the shape of c."""
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {name: c[name] for name in SIZES}
-        c = c | dict(folder=timing.checkpoint(Path(folder), **sizes))
-        arms = {"captured": (True, False), "captured again": (True, True), "not captured": (False, False)}
-        workers = {name: Worker("routing:sample", json.dumps(c | dict(routes=routes, again=again)), seconds=1800)
-                   for name, (routes, again) in arms.items()}
-        try:
-            found = turns({name: lambda worker=worker, seeds=count(): worker.ask(next(seeds))
-                           for name, worker in workers.items()}, c["rounds"])
-        finally:
-            for worker in workers.values():
-                worker.end()
-        trained = timing.in_process(__file__, c)
-    return dict(rollout=found) | trained
+        c = c | dict(folder=timing.checkpoint(Path(folder), **{name: c[name] for name in SIZES}))
+        found = dict(rollout=rollouts(c))
+        return found if c["memory"] else found | timing.in_process(__file__, c)
+
+
+def memory(found: dict[str, list[dict]]) -> str:
+    captured, plain = ([x["mib"] for x in found[name]] for name in ("captured", "not captured"))
+    more = middle(a - b for a, b in zip(captured, plain))
+    return (f"host memory of a rollout, MiB: {median(captured):.1f} with routes, {median(plain):.1f} without; more by "
+            f"{shown(more, 1)}, by the formula {found['captured'][0]['formula']:.1f}")
 
 
 def table(c: dict, found: dict) -> str:
@@ -194,6 +213,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, value in (SIZES | SHAPE | dict(budget=8192)).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    parser.add_argument("--memory", action="store_true", help="host memory of a rollout, with routes and without")
     parser.add_argument("--row", type=int, nargs=4, default=PUBLISHED, metavar=("L", "A", "E", "T"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     c = vars(parser.parse_args(argv))
@@ -202,7 +222,8 @@ def main(argv: list[str] | None = None):
         return
     print(timing.machine())
     print(", ".join(f"{name} {value}" for name, value in c.items()) + "\n")
-    print(table(c, measure(c)))
+    found = measure(c)
+    print(memory(found["rollout"]) if c["memory"] else table(c, found))
 
 
 if __name__ == "__main__":

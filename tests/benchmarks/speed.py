@@ -3,17 +3,19 @@
     python tests/benchmarks/speed.py                 # fp32, bf16, fp8 rollouts with fp32 training
     python tests/benchmarks/speed.py --trl           # and TRL's GRPOTrainer, in turn with ours
     python tests/benchmarks/speed.py --trl PYTHON    # with an interpreter that has PACKAGES
-    python tests/benchmarks/speed.py --compile       # attention by torch.compile, which needs g++
+    python tests/benchmarks/speed.py --gains         # other ways beside the file's; torch.compile needs g++
 
 256 responses an update, 16 each to 16 prompts: 9 tokens of prompt, 11 of response, on-policy.
 Without PYTHON, --trl first installs PACKAGES into .venv-trl/. No time is asserted.
 """
 import argparse, subprocess, venv  # noqa: E401
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import timing
 import torch
@@ -84,28 +86,51 @@ def shared_positions(c: Config) -> str:
     pasts = {tuple(row[:t + 1]) for row in batch.tokens[:, :-1].tolist() for t in range(len(row))}
     return f"{len(pasts)} of {batch.fed.sum()} fed positions have a past of their own"
 
-def compiled_attention(rounds: int = 15) -> str:
-    """Train steps with attention compiled and without, in turn. The experts stay as they are: dynamo
-    of torch 2.13 cannot trace F.grouped_mm in fp32."""
+def blocks_in_a_loop(x, weight, offs):
+    """F.grouped_mm, a product for each expert."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([x[start:end] @ w for start, end, w in zip(starts, starts[1:], weight)])
+
+def gains(rounds: int = 15) -> str:
+    """What a reader could gain, or has gained: each other way beside the file's, in turn; and where a
+    train step's time goes. Compiled is attention alone: dynamo of torch 2.13 cannot trace F.grouped_mm
+    in fp32."""
     c = benchmark_config()
-    models = {name: Model(c, ENDLESS) for name in ("eager", "compiled")}
-    for layer in models["compiled"].layers:
+    model, compiled = Model(c, ENDLESS), Model(c, ENDLESS)
+    for layer in compiled.layers:
         layer.self_attn.compile(dynamic=True)
-    batch = InferenceEngine(models["eager"], "fp32").generate(
-        *make_prompts(PROMPTS, c, torch.Generator().manual_seed(1)), GROUP,
-        torch.Generator(DEVICE).manual_seed(2))
+    engine = InferenceEngine(model, "fp32")
+    prompts, lengths = make_prompts(PROMPTS, c, torch.Generator().manual_seed(1))
+    every = prompts.repeat_interleave(GROUP, 0), lengths.repeat_interleave(GROUP)
+
+    def generate(prompts, lengths, group):
+        return engine.generate(prompts, lengths, group, torch.Generator(DEVICE).manual_seed(2))
+
+    batch = generate(prompts, lengths, GROUP)
     batch.rewards = (batch.tokens[:, -1] < 5).float()
     batch.advantages = group_advantages(batch.rewards, GROUP)
 
-    def arm(model, optimizer):
-        began = clock()
-        train_step(model, optimizer, batch)
-        return clock() - began
+    def step(model, optimizer, around=nullcontext):
+        with around():
+            return timing.seconds(train_step, model, optimizer, batch)
 
-    found = timing.turns({name: partial(arm, model, adamw(model, 1e-6))
-                          for name, model in models.items()}, rounds, WARM_UP)
-    return "attention compiled / not, a train step: " + timing.shown(
-        timing.ratio(found["compiled"], found["eager"]))
+    one = partial(step, model, adamw(model, 1e-6))
+    found = timing.turns({
+        "step": one, "compiled": partial(step, compiled, adamw(compiled, 1e-6)),
+        "loop": partial(one, partial(patch.object, torch.nn.functional, "grouped_mm", blocks_in_a_loop)),
+        "rollout": lambda: timing.seconds(generate, prompts, lengths, GROUP),
+        "each": lambda: timing.seconds(generate, *every, 1)}, rounds, WARM_UP)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        one()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    whole = sum(row.self_cpu_time_total for row in rows)
+    return "\n".join([
+        f"{title:51} {timing.shown(timing.ratio(found[other], found[ours]))}" for title, other, ours in (
+            ("train step, attention compiled / not", "compiled", "step"),
+            ("train step, experts one after the other / grouped", "loop", "step"),
+            ("rollout, a prompt for each response / for its group", "each", "rollout"))] + [
+        "a train step by torch's profiler, own time of operators"] + [
+        f"  {row.self_cpu_time_total / whole:6.1%}  {row.count:5} calls  {row.key}" for row in rows[:8]])
 
 def trl_python(python: str) -> str:
     """The interpreter given, or one in .venv-trl/: TRL's packages stay out of this environment."""
@@ -140,12 +165,12 @@ def measure(python: str | None) -> tuple[dict, dict, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trl", nargs="?", const="", metavar="PYTHON", help="compare with TRL")
-    parser.add_argument("--compile", action="store_true", help="compare with torch.compile")
+    parser.add_argument("--gains", action="store_true", help="what other ways of computing would give")
     given, c = parser.parse_args(), benchmark_config()
     python = None if given.trl is None else trl_python(given.trl)
     print(timing.machine())
-    if given.compile:
-        return print(compiled_attention())
+    if given.gains:
+        return print(gains())
     parameters = sum(p.numel() for p in Model(c).parameters())
     gflop = update_gflop(c)
     print(f"{parameters / 1e6:.2f} M parameters, {gflop:.1f} GFLOP an update")
@@ -161,10 +186,12 @@ def main():
         print(f"{name:12}", *(f"{1e3 * seconds:8.1f}" for seconds in (*phases, total)),
               f"{SEQUENCES * TOKENS / total:10.0f}  {gflop / total / rate:14.1%}")
     if theirs:
-        print("\nprecision         TRL     ours  TRL / ours")
+        print("\nprecision         TRL     ours   TRL / ours [all rounds]")
     for name, times in theirs.items():
-        total, our_total = median(times), totals[name]
-        print(f"{name:12} {1e3 * total:8.1f} {1e3 * our_total:8.1f} {total / our_total:11.2f}")
+        rounds = [[median(x[i:i + UPDATES]) for i in range(0, len(x), UPDATES)]
+                  for x in (times, [sum(phases) for phases in ours[name]])]
+        print(f"{name:12} {1e3 * median(times):8.1f} {1e3 * totals[name]:8.1f}"
+              f"   {timing.shown(timing.ratio(*rounds), 2)}")
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 No figure is of one run alone: arms take turns, and what is compared are the ratios of one turn."""
 import json
+import ctypes
 import os
 import platform
 import resource
@@ -73,13 +74,6 @@ def shown(of: tuple[float, float, float], digits: int = 3) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*of, d=digits)
 
 
-def copy_rate(mib: int = 256, times: int = 5) -> float:
-    """Bytes a second of a copy of so many MiB to other memory, which the copy reads and writes."""
-    source = torch.ones(mib * MIB // 4)
-    target = torch.ones_like(source)
-    return source.nbytes / median(seconds(target.copy_, source) for _ in range(times))
-
-
 # ------------------------------------------------------------------------------------------ machine
 def machine() -> str:
     """Processor, threads and versions, in a line."""
@@ -96,6 +90,27 @@ def machine() -> str:
 def peak_mib() -> float:
     """The most that this process ever occupied."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def allocate(mib: int | None):
+    """From so many MiB on glibc gives a block back when it is freed (mallopt, M_MMAP_THRESHOLD). Else it
+    keeps what fits no later request, and a peak shows that as well."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2**16 if mib is None else mib * MIB)
+
+
+@contextmanager
+def grown():
+    """A list that afterwards holds the MiB by which this process ever exceeded, meanwhile, what it occupied before.
+    Linux: the kernel's mark of the most is set back."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def status(name: str) -> float:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+
+    before, found = status("VmRSS"), []
+    yield found
+    found.append(status("VmHWM") - before)
 
 
 def in_process(script: str, setting: dict, ranks: int = 0, python: str = sys.executable) -> dict:

@@ -78,7 +78,7 @@ def test_the_single_file_makes_updates_of_the_shape_that_is_measured(monkeypatch
 
 # ----------------------------------------------------------------------------------------- routing
 def test_what_routing_costs():
-    c = TINY | dict(prompts=2, group=3, prompt=5, response=4, rounds=1, budget=40, row=(4, 2, 8, 33))
+    c = TINY | dict(prompts=2, group=3, prompt=5, response=4, rounds=1, budget=40, row=(4, 2, 8, 33), memory=False)
     found = routing.measure(c)
     first, P, G, T = found["rollout"]["captured"][0], 2, 3, 5 + 4 - 1
     assert first["tokens"] == P * G * T and first["bytes"] == P * G * T * 2 * 2
@@ -92,6 +92,19 @@ def test_what_routing_costs():
         assert re.search(rf"{line} +{NUMBER} \[", text)
     assert f"bytes a token: 4 by L · A, 4.0 measured; 100.0% come from vLLM, {2 * 5 / 24:.1%} are of a prompt" in text
     assert "a row of 33 tokens, 4 layers, 2 of 8 experts: 0.00 MB" in text
+    assert first["formula"] * 2**20 == 3 * P * G * T * 2 * 2
+    assert re.fullmatch(rf"host memory of a rollout, MiB: {NUMBER} with routes, {NUMBER} without; more by -?{NUMBER} "
+                        rf"\[.*\], by the formula 0.0", routing.memory(found["rollout"]))
+
+
+def test_memory_that_is_touched_and_given_back_is_seen():
+    timing.allocate(None)
+    with timing.grown() as mib:
+        torch.ones(40 * 2**18)  # 40 MiB
+    assert 40 <= mib[0] < 45
+    with timing.grown() as mib:
+        pass
+    assert mib[0] < 5
 
 
 # -------------------------------------------------------------------------------------------- step

@@ -72,6 +72,8 @@ def main():
             command.add_argument("seed", type=int)
     given = parser.parse_args()
     results = given.results
+    if given.what in ("core", "corrections", "mechanism", "report", "all"):
+        results.mkdir(parents=True, exist_ok=True)
     if given.what == "plan":
         print(plan(grid.BLOCKS, results / "core.jsonl"))
         print("\nby `corrections`:\n" + plan(grid.CORRECTIONS, results / "corrections.jsonl"))

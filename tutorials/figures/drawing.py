@@ -171,7 +171,8 @@ def maps(runs: Runs, folder: Path) -> str | None:
         for (i, j), value in np.ndenumerate(ends):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.5 else "black")
         axes.set(title=LABELS.get(mode, mode), xticks=range(len(Ns)), xticklabels=[f"N={N}" for N in Ns],
-                 yticks=range(len(regimes)), yticklabels=["fp32, control", "fp8, control", "fp8, noise .5", "fp8, noise .8"])
+                 yticks=range(len(regimes)),
+                 yticklabels=["fp32, control", "fp8, control", "fp8, noise .5", "fp8, noise .8"])
     save(figure, folder / "maps.svg")
     return f"maps.svg: {len(seeds)} seeds a cell"
 
@@ -201,6 +202,7 @@ def mechanism(rows: dict, folder: Path) -> str | None:
 
 
 MECHANISM = {"token weight": "none, no clip", "token weight, clip": "none", "sequence weight": "sequence IS",
+             "R3, sequence weight": "length norm, no clip",
              "IcePop": "DPPO", "ceiling": "length norm", "R2": "R2, no clip", "R2, clip": "R2", "R3": "R3, no clip",
              "R3, clip": "R3"}  # whose look it has
 PICTURES = (summary, dials, long, maps)

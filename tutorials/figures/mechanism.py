@@ -3,7 +3,9 @@
 At one trained policy θ the gradient of an estimator is taken from many independent batches, and so is
 that of plain REINFORCE on-policy in fp32, the reference. From the inner products of batches, different
 ones only, follow without the sampling noise: the cosine with the reference (1: no bias in direction),
-the length relative to it, and how much of one batch is signal.
+the length relative to it, and how much of one batch is signal. Beside it stands the cosine with the
+gradient of the policy that is deployed: REINFORCE on what θ samples in the inference engine, through
+the experts that this chose (how θ moves the choice itself is in no estimator).
 """
 from dataclasses import replace
 from functools import partial
@@ -14,7 +16,7 @@ import torch
 import nano_moe_rl as nano
 from figures import intervals
 from figures.grid import BASE, LITTLE, QUICK
-from figures.runner import cold_start, start_config
+from figures.runner import REVISION, cold_start, start_config
 from scaled import objectives
 
 SEED, BATCHES, RESPONSES, UPDATES = 950, 24, 1024, 64
@@ -22,13 +24,11 @@ STALE = 16  # updates between rollout and θ, in the dial of staleness
 DIALS = {"int4": dict(rollout_precision="int4"), "router noise .8": dict(rollout_precision="fp8", router_noise=0.8),
          "stale": dict(rollout_precision="fp8")}
 TOKEN = partial(nano.minirl_loss, clip=False)
+NO_IS, SEQUENCE = (partial(TOKEN, importance_sampling=weight) for weight in ("staleness", "sequence"))
 ESTIMATORS = {  # name: (loss, replay)
-    "token weight": (TOKEN, "none"),
-    "no IS": (partial(TOKEN, importance_sampling="staleness"), "none"),
-    "sequence weight": (partial(TOKEN, importance_sampling="sequence"), "none"),
+    "token weight": (TOKEN, "none"), "no IS": (NO_IS, "none"), "sequence weight": (SEQUENCE, "none"),
     "IcePop": (partial(objectives.icepop_loss, clip=False), "none"),
-    "R3": (TOKEN, "R3"),
-    "R3, no IS": (partial(TOKEN, importance_sampling="staleness"), "R3"),
+    "R3": (TOKEN, "R3"), "R3, no IS": (NO_IS, "R3"), "R3, sequence weight": (SEQUENCE, "R3"),
 }
 OFF_POLICY = ESTIMATORS | {  # what matters only where weights are stale
     "token weight, clip": (nano.minirl_loss, "none"), "R2": (TOKEN, "R2"), "R2, clip": (nano.minirl_loss, "R2"),
@@ -115,17 +115,22 @@ def measure(quick: bool = False, done: dict | None = None, keep=lambda rows: Non
         if all(f"{dial} | {name}" in rows for name in estimators):
             continue
         theta = new if dial == "stale" else old
-        gradients = {name: [] for name in (*estimators, "reference", "again")}
+        engine = options["rollout_precision"], options.get("router_noise", 0.0)
+        gradients = {name: [] for name in (*estimators, "reference", "again", "deployed")}
         for k in range(n):
             for name, seed in (("reference", 10**6 + k), ("again", 2 * 10**6 + k)):  # the second: the ceiling
                 batch = rollout(theta, "fp32", 0.0, seed, responses)
                 gradients[name].append(gradient(theta, prepared(theta, batch, "none"), TOKEN))
-            batch = rollout(old, options["rollout_precision"], options.get("router_noise", 0.0), k, responses)
+            batch = rollout(theta, *engine, 3 * 10**6 + k, responses)
+            gradients["deployed"].append(gradient(theta, prepared(theta, batch, "R3"), NO_IS))
+            batch = rollout(old, *engine, k, responses)
             for name, (loss_fn, replay) in estimators.items():
                 gradients[name].append(gradient(theta, prepared(old, batch, replay), loss_fn))
-        reference = torch.stack(gradients.pop("reference"))
-        for name in gradients:
+        reference, deployed = (torch.stack(gradients.pop(name)) for name in ("reference", "deployed"))
+        for name, of in gradients.items():
             key = f"{dial} | {'ceiling' if name == 'again' else name}"
-            rows[key] = measured(torch.stack(gradients[name]), reference) | {"batches": n, "responses": responses}
+            rows[key] = measured(of := torch.stack(of), reference) | {
+                "deployed": measured(of, deployed)["cosine"], "batches": n, "responses": responses,
+                "revision": REVISION}
         keep(rows)
     return rows

@@ -11,10 +11,11 @@ from figures.intervals import Interval
 from figures.runner import STEP
 
 # A run that ends below FAILING of its best has failed, both as mean rewards of WINDOW updates: 1,024
-# prompts, as in an evaluation. The rule was changed twice when the precondition had run, and before any
-# other cell had: first it compared the last evaluation with the best reward, then windows of 32
-# updates. Each called one run of the eight a failure that had not fallen by more than the noise of its
-# few prompts. End scores, the primary outcome, do not depend on it.
+# prompts, as in an evaluation, or half as many where a mini-batch is 64. The rule was changed twice
+# when the precondition had run, and before any other cell had: first it compared the last evaluation
+# with the best reward, then windows of 32 updates. Each called one run of the eight a failure that had
+# not fallen by more than the noise of its few prompts. End scores, the primary outcome, do not depend
+# on it.
 FAILING, WINDOW = 0.95, 64
 FIT = dict(share=0.5, extreme=1e-3)  # at least: routing share and F(2) of a regime where replay is compared
 
