@@ -101,10 +101,10 @@ def test_memory_that_is_touched_and_given_back_is_seen():
     timing.allocate(None)
     with timing.grown() as mib:
         torch.ones(40 * 2**18)  # 40 MiB
-    assert 40 <= mib[0] < 45
+    assert 38 < mib[0] < 45  # the kernel counts pages a few at a time
     with timing.grown() as mib:
         pass
-    assert mib[0] < 5
+    assert mib[0] < 2
 
 
 # -------------------------------------------------------------------------------------------- step
