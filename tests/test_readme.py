@@ -93,6 +93,10 @@ def test_runs_to_compare_with_are_those_of_the_results():
     rows = [json.loads(line) for line in (ROOT / "tutorials/results/core.jsonl").read_text().splitlines()]
     table = pairs.table(outcomes.Runs({(row["cell"], row["seed"]): row for row in rows}))
     assert table in README
+    ends = re.findall(r"\d\.\d{3}", re.search(r"`engine_score` ends at .+? second\.", README, re.DOTALL)[0])
+    assert ends == [f"{row['engine_score'][-1][1]:.3f}" for mode in ("none", "R3") for row in rows
+                    if (row["cell"], row["seed"]) == (f"router | N=8 | {mode}", pairs.SEED)]
+    assert pairs.commands("08_replay")[1] in README and README.count(f"--seed {pairs.SEED}") == 2
     for line in table.splitlines()[2:]:
         cell = f"router | N=8 | {re.search('--replay (.+?)`', line)[1]}"
         of = [row for row in rows if row["cell"] == cell]

@@ -56,7 +56,8 @@ def summary(runs: Runs, folder: Path) -> str | None:
         for x, (method, of) in enumerate(zip(shown, by_method)):
             mean = np.mean([*of.values()])
             axes.plot(x, mean, markersize=10, linestyle="", zorder=3, **style(method))
-            axes.annotate(f"{mean:.2f}", (x, mean), xytext=(10, -3), textcoords="offset points", fontweight="bold")
+            axes.annotate(f"{mean:.2f}", (x, mean), xytext=(10, -3), textcoords="offset points", fontweight="bold",
+                          bbox=dict(color="white", pad=0.5), zorder=4)
         difference = runs.difference(Cell("router", N, "R3").key, Cell("router", N, "none").key)
         caption.append(f"N = {N}: R3 minus none {difference}")
         axes.set(title=f"{title}\nR3 gains {difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]",
@@ -178,24 +179,30 @@ def maps(runs: Runs, folder: Path) -> str | None:
 
 
 def mechanism(rows: dict, folder: Path) -> str | None:
-    """Cosine with the true gradient against signal to noise of a batch, a panel for each dial."""
+    """Cosine with each of two true gradients against signal to noise of a batch, a column for each dial."""
     if not rows:
         return None
     dials = list(dict.fromkeys(key.split(" | ")[0] for key in rows))
-    figure, named = Figure(figsize=(10.5, 4.2), layout="constrained"), {}
-    for axes, dial in zip(figure.subplots(1, len(dials), sharey=True, squeeze=False).flat, dials):
-        for key, row in rows.items():
-            name = key.removeprefix(f"{dial} | ")
-            if name == key:
-                continue
-            (x, *x_ends), (y, *y_ends) = row["snr"], row["cosine"]
-            looks = style(MECHANISM.get(name, name))
-            errors = [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]]
-            named[name] = axes.errorbar(x, y, *errors, linestyle="", elinewidth=0.7, **looks)
-        axes.axhline(1, color="#777777", linewidth=0.8, linestyle="--")
-        axes.set(title=dial, xlabel="signal to noise of 1,024 responses")
-        axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("cosine with the on-policy gradient")
+    truths = {"cosine": "cosine with the gradient of the\ntraining engine's policy (fp32)",
+              "deployed": "cosine with the gradient of the\npolicy that is deployed"}
+    figure, named = Figure(figsize=(10.5, 6.6), layout="constrained"), {}
+    panels = figure.subplots(len(truths), len(dials), sharex="col", sharey=True, squeeze=False)
+    for dial, column in zip(dials, panels.T):
+        for axes, truth in zip(column, truths):
+            for key, row in rows.items():
+                name = key.removeprefix(f"{dial} | ")
+                if name == key:
+                    continue
+                (x, *x_ends), (y, *y_ends) = row["snr"], row[truth]
+                looks = style(MECHANISM.get(name, name))
+                errors = [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]]
+                named[name] = axes.errorbar(x, y, *errors, linestyle="", elinewidth=0.7, **looks)
+            axes.axhline(1, color="#777777", linewidth=0.8, linestyle="--")
+            axes.grid(alpha=0.25)
+        column[0].set_title(dial)
+        column[-1].set_xlabel("signal to noise of 1,024 responses")
+    for axes, label in zip(panels[:, 0], truths.values()):
+        axes.set(ylabel=label, ylim=(0.3, 1.2))
     figure.legend(named.values(), named, loc="outside lower center", ncols=6, fontsize=9)
     save(figure, folder / "mechanism.svg")
     return None

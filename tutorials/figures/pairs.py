@@ -55,7 +55,7 @@ def text(page: str, runs: outcomes.Runs) -> str:
 
 def table(runs: outcomes.Runs) -> str:
     """The three modes at N = LITTLE: seeds, and the ends of both engines as mean and standard deviation."""
-    lines = ["| command, with `recipe` of page 8 | seeds | `engine_score` at the end | `score` |", "|---|---|---|---|"]
+    lines = ["| command, with `recipe` as above | seeds | `engine_score` at the end | `score` |", "|---|---|---|---|"]
     for mode in ("none", "R2", "R3"):
         cell = Cell("router", LITTLE, mode)
         options = dict(mini_batches=LITTLE, router_noise=cell.config(SEED).router_noise, replay=mode)
