@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from scaled.engine import EngineError
 from scaled.replay import RoutingReplay
 from scaled.rollout import Engine
-from scaled.vllm_internals import check_vllm
+from scaled.vllm_internals import check_vllm, set_environment
 
 ROOT = Path(__file__).parents[2]
 EOS, TEMPERATURE = 7, 0.7
@@ -267,6 +267,15 @@ def test_only_the_pinned_vllm(monkeypatch, versions, message):
 def test_local_versions_of_the_pinned_vllm_are_fine(monkeypatch):
     monkeypatch.setattr("scaled.vllm_internals.installed_version", lambda name: "0.30.0+cu130")
     assert check_vllm() == "0.30.0+cu130"
+
+
+def test_a_memory_of_few_kernels_unless_another_number_is_asked_for(monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    for device, before, after in (("cpu", None, "16"), ("cpu", "64", "64"), ("cuda", None, None)):
+        monkeypatch.setattr("scaled.vllm_internals.DEVICE", device)
+        monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+        set_environment()
+        assert os.environ.get(name) == after
 
 
 def test_refusals_at_the_start(model):
