@@ -10,9 +10,11 @@ take turns in a fourth. What is compared are ratios of one turn.
 """
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -62,7 +64,7 @@ def sample(setting: str, seed: int) -> dict:
     made.spent.clear()
     began = clock()
     asked = timing.prompts(c["prompts"], c["prompt"], c["vocabulary"])
-    with timing.grown() as mib:
+    with timing.grown() if c["memory"] else nullcontext([math.nan]) as mib:
         rollout = made.generate(asked, c["group"], c["response"], seed, 0)
     found = dict(seconds=clock() - began, tokens=int(rollout.fed.sum()), mib=mib[0], bytes=0, sent=0,
                  again=0) | made.spent
