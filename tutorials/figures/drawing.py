@@ -5,7 +5,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures import intervals, outcomes
+from figures import intervals
 from figures.grid import FOUR, LITTLE, MUCH, Cell
 from figures.outcomes import Runs, end
 from figures.runner import STEP
