@@ -88,6 +88,14 @@ def test_every_interval_it_quotes_is_one_of_two_cells_of_the_runs():
         assert len(found) >= least and not set(found) - of_runs
 
 
+def test_the_cosines_it_quotes_are_those_of_the_mechanism():
+    rows = json.loads((ROOT / "tutorials/results/mechanism.json").read_text())
+    for key in ("router noise .8 | token weight", "router noise .8 | no IS", "router noise .8 | R3",
+                "int4 | token weight", "int4 | no IS"):
+        mean, low, high = (f"{x:.2f}".removeprefix("0") for x in rows[key]["deployed"])
+        assert f"{mean} [{low}, {high}]" in README, key
+
+
 def test_runs_to_compare_with_are_those_of_the_results():
     """The table, and its means and deviations once more from the runs."""
     rows = [json.loads(line) for line in (ROOT / "tutorials/results/core.jsonl").read_text().splitlines()]

@@ -34,12 +34,9 @@ PUBLISHED = (48, 8, 128, 32_768)  # L, A, E of Qwen3-30B-A3B, and the tokens of 
 
 # ---------------------------------------------------------------------------------------- sampling
 @cache
-def engine(folder: str, max_length: int, routes: bool, again: bool, memory: bool):
-    """An engine whose own work on routes is timed, in `spent`. memory: freed memory goes back at once, which takes
-    time."""
+def engine(folder: str, max_length: int, routes: bool, again: bool):
+    """An engine whose own work on routes is timed, in `spent`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what vLLM says at its start
-    if memory:
-        timing.allocate(None)
     made = timing.engine(folder, max_length, routes=routes)
     made.spent = {}
     if again:
@@ -55,12 +52,12 @@ def engine(folder: str, max_length: int, routes: bool, again: bool, memory: bool
 
 
 def sample(setting: str, seed: int) -> dict:
-    """A rollout of one engine: seconds in all and by part, tokens fed, MiB that it took for a while, bytes of
+    """A rollout of one engine: seconds in all and by part, tokens fed, with memory the MiB that it took for a while, bytes of
     routes, how many of these came from vLLM, and of a prompt that its group has already: what is behind whole
     blocks. formula: MiB of routes alive at once by plan.py, if no prefix is shared: vLLM's arrays, ours, and
     the padded batch."""
     c = json.loads(setting)
-    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"], c["again"], c["memory"])
+    made = engine(c["folder"], c["prompt"] + c["response"], c["routes"], c["again"])
     made.spent.clear()
     began = clock()
     asked = timing.prompts(c["prompts"], c["prompt"], c["vocabulary"])

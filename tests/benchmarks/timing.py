@@ -1,8 +1,8 @@
 """What the benchmarks share: turns and their ratios, processes of their own, a random checkpoint.
 
 No figure is of one run alone: arms take turns, and what is compared are the ratios of one turn."""
-import json
 import ctypes
+import json
 import os
 import platform
 import resource
@@ -102,7 +102,9 @@ def allocate(mib: int | None):
 @contextmanager
 def grown():
     """A list that afterwards holds the MiB by which this process ever exceeded, meanwhile, what it occupied before.
-    Linux: what glibc keeps free is given back, and the kernel's mark of the most is set back."""
+    Linux: what glibc keeps free is given back, from here on at once, which takes time; the kernel's mark of the most
+    is set back."""
+    allocate(None)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 

@@ -121,7 +121,6 @@ def one_thread():
 
 def run_blocks(blocks: list[Block], path: Path, jobs: int, quick: bool = False):
     """The runs that path does not have yet: block after block, and all cells of a seed before the next."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     done = load(path)
     nano.save(path, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
     spawn = multiprocessing.get_context("spawn")
